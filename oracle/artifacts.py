@@ -1,0 +1,143 @@
+"""Results on disk: written under a temporary name and renamed last, with a `meta.json` beside the data.
+
+Existence therefore means complete. `meta.json` holds the options, fingerprints of the inputs, package
+version, git commit, seconds and cost; reopening with other options raises and lists the differences.
+Nothing here pickles.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from oracle.errors import InputError, MismatchError, MissingFileError, StorageError
+
+FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def fingerprint(value: object) -> str:
+    """Return 16 hex digits that identify a JSON-like value by content (key order does not matter)."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+@contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into a three-part `StorageError` that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK_ERRNOS:
+            raise
+        raise StorageError(f"cannot write {path}: {error.strerror}.", "a disk with free space that may be written",
+                           "free some space and run the same command again; it continues after the last finished part.") from error
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path`; rename it to `path` on success, remove it on failure."""
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `path` that takes its place when the block succeeds."""
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with atomic_path(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        MissingFileError: There is no such file.
+        InputError: The file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MissingFileError(f"there is no file {path}.", "a folder that this project wrote",
+                               "check the path, or run the stage that writes it.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}.", "the file as this project wrote it",
+                         "delete it and run the stage that writes it again.") from error
+
+
+@cache
+def provenance() -> dict[str, str]:
+    """Return the version of this package and the git commit of its checkout (empty outside one)."""
+    try:
+        version = metadata.version("influence-surrogate")
+    except metadata.PackageNotFoundError:
+        version = "not installed"
+    root = Path(__file__).resolve().parent.parent
+    commit = ""
+    if (root / ".git").exists():
+        answer = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        commit = answer.stdout.strip()
+    return {"version": version, "git_commit": commit}
+
+
+def require_same(stored: Mapping[str, Any], asked: Mapping[str, Any], *, where: Path) -> None:
+    """Refuse to go on with results that were made otherwise.
+
+    Args:
+        stored: Options and fingerprints as found on disk.
+        asked: The same for the call at hand.
+        where: The folder, named in the error.
+
+    Raises:
+        MismatchError: Some value differs; all differences are listed.
+    """
+    stored, asked = (json.loads(json.dumps(value, default=str)) for value in (stored, asked))
+    keys = sorted(set(stored) | set(asked))
+    differences = [f"{key}: stored {stored.get(key)!r}, asked {asked.get(key)!r}" for key in keys
+                   if stored.get(key) != asked.get(key)]
+    if differences:
+        raise MismatchError(f"{where} holds results made with other options or inputs: " + "; ".join(differences) + ".",
+                            "the same options and inputs as stored",
+                            "repeat the stored options, or name another folder for the new ones.")
+
+
+@contextmanager
+def timed(add_seconds: Callable[[float], None]) -> Iterator[None]:
+    """Give the wall-clock seconds of a block to `add_seconds`, also when it raises."""
+    start_seconds = time.perf_counter()
+    try:
+        yield
+    finally:
+        add_seconds(time.perf_counter() - start_seconds)

@@ -1,0 +1,144 @@
+"""Checkpoints on disk: the model and tokenizer as transformers writes them, the optimiser beside them.
+
+Our own optimiser files are `optimizer.safetensors` (tensors named `slot::parameter`) and `optimizer.json`
+(class and hyper-parameters, with parameters by name). The Hugging Face Trainer writes `optimizer.pt`, whose
+state is keyed by position in two groups, with and without weight decay; it is read with torch's
+`weights_only` loader and matched to names by rebuilding those groups, every shape checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oracle.artifacts import atomic_folder, read_json, write_json
+from oracle.errors import InputError, MismatchError, MissingFileError
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam, "SGD": torch.optim.SGD}
+_NO_DECAY_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]  # transformers 5.23, Trainer
+
+
+def load_checkpoint(path: str | Path, *, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """Load a causal model and its tokenizer (None if the folder has none).
+
+    Raises:
+        MissingFileError: There is no such folder and the hub cannot give it.
+        InputError: The folder holds no causal language model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    is_folder = Path(path).is_dir()
+    try:
+        with _without_bars():
+            module = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(str(path)) if not is_folder or any(Path(path).glob("tokenizer*")) else None
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        kind = InputError if is_folder else MissingFileError
+        raise kind(f"cannot load a causal language model from {str(path)!r}: {reason}",
+                   "a folder written by save_pretrained, the Trainer or LanguageModel.save, or a name on the Hugging Face hub",
+                   "check the path; for a hub name check that the network reaches the hub.") from error
+    return module, tokenizer
+
+
+def save_checkpoint(folder: Path, module: nn.Module, tokenizer: Any, *, optimizer: torch.optim.Optimizer | None) -> None:
+    """Write everything `load_checkpoint` and `load_optimizer` read; the folder appears complete or not at all."""
+    with atomic_folder(folder) as partial, _without_bars():
+        module.save_pretrained(partial)  # type: ignore[operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        if optimizer is not None:
+            _save_optimizer(partial, module, optimizer)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Silence transformers' bars, one per file; this project shows its own progress."""
+    from transformers.utils import logging
+
+    were_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_shown:
+            logging.enable_progress_bar()
+
+
+def _save_optimizer(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    from safetensors.torch import save_file
+
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    for parameter, slots in optimizer.state.items():
+        for slot, value in slots.items():
+            if value is not None:
+                tensors[f"{slot}::{names[parameter]}"] = torch.as_tensor(value).detach().cpu().contiguous().clone()
+    groups = [{**{key: value for key, value in group.items() if key != "params"}, "params": [names[p] for p in group["params"]]}
+              for group in optimizer.param_groups]
+    save_file(tensors, folder / "optimizer.safetensors")
+    write_json(folder / "optimizer.json", {"class": type(optimizer).__name__, "groups": groups})
+
+
+def load_optimizer(folder: Path, module: nn.Module) -> torch.optim.Optimizer | None:
+    """Rebuild the optimiser saved in a checkpoint folder, with its state; None if the folder has none.
+
+    Raises:
+        InputError: The optimiser's class is not one that can be rebuilt.
+        MismatchError: Its state does not fit the parameters of `module`.
+    """
+    if (folder / "optimizer.json").exists():
+        return _load_own(folder, module)
+    if (folder / "optimizer.pt").exists():
+        return _load_trainer_state(folder / "optimizer.pt", module)
+    return None
+
+
+def _load_own(folder: Path, module: nn.Module) -> torch.optim.Optimizer:
+    from safetensors.torch import load_file
+
+    description = read_json(folder / "optimizer.json")
+    name = description["class"]
+    if name not in OPTIMIZERS:
+        raise InputError(f"{folder} was trained with {name}.", ", ".join(OPTIMIZERS), "build the optimizer yourself and pass it to LanguageModel.")
+    parameters = dict(module.named_parameters())
+    missing = [key for group in description["groups"] for key in group["params"] if key not in parameters]
+    if missing:
+        raise MismatchError(f"{folder} has optimizer state for {missing[:3]}, which the model lacks.", "the model that was saved with it",
+                            "load the model from the same folder.")
+    groups = [{**group, "params": [parameters[key] for key in group["params"]]} for group in description["groups"]]
+    lr = groups[0].get("lr", 1e-3)
+    optimizer = OPTIMIZERS[name](groups, lr=lr)
+    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+        slot, parameter_name = key.split("::", 1)
+        parameter = parameters[parameter_name]
+        is_slot_on_device = tensor.shape == parameter.shape
+        optimizer.state[parameter][slot] = tensor.to(parameter.device) if is_slot_on_device else tensor
+    return optimizer
+
+
+def _load_trainer_state(file: Path, module: nn.Module) -> torch.optim.Optimizer:
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    stored = torch.load(file, map_location="cpu", weights_only=True)
+    parameters = dict(module.named_parameters())
+    order = [list(parameters.values())]
+    if len(stored["param_groups"]) == 2:
+        decayed = set(get_parameter_names(module, [nn.LayerNorm], _NO_DECAY_PATTERNS))
+        order = [[p for name, p in parameters.items() if (name in decayed) is wanted] for wanted in (True, False)]
+    sizes, expected = [len(group["params"]) for group in stored["param_groups"]], [len(group) for group in order]
+    flat = [parameter for group in order for parameter in group]
+    fits = sizes == expected and all(slots["exp_avg"].shape == flat[int(index)].shape
+                                     for index, slots in stored["state"].items() if "exp_avg" in slots)
+    if not fits:
+        raise MismatchError(f"{file} has parameter groups of {sizes} tensors, the model gives {expected}, or shapes differ.",
+                            "optimizer.pt as the Trainer writes it for this model on one process, unsharded",
+                            "load the optimizer state yourself and pass optimizer=... to LanguageModel.")
+    optimizer = torch.optim.AdamW([{"params": group} for group in order if group], lr=1e-3)
+    optimizer.load_state_dict({**stored, "param_groups": [group for group in stored["param_groups"] if group["params"]]})
+    return optimizer

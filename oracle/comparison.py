@@ -1,0 +1,112 @@
+"""Do two measurements of influence agree, and how much of one is noise of its target set?
+
+Ranks are what selection uses, so agreement is Spearman's correlation and the overlap of the top shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from oracle.errors import MismatchError
+from oracle.labels import Labels
+
+MIN_GROUP = 8  # a rank correlation over fewer texts is mostly noise
+
+
+@dataclass(frozen=True)
+class TargetAgreement:
+    """How far two label sets agree on one target.
+
+    Attributes:
+        spearman: Rank correlation over the texts that both have.
+        top_overlap: Share of the top `top_fraction` of one that is in the top of the other; chance is `top_fraction`.
+        num_texts: How many texts both have.
+        spearman_within: Mean rank correlation inside groups of at least 8 texts, weighted by their size; None without groups.
+    """
+
+    spearman: float
+    top_overlap: float
+    num_texts: int
+    spearman_within: float | None = None
+
+
+def agreement(labels_a: Labels, labels_b: Labels, *, top_fraction: float = 0.2,
+              groups: Sequence[str] | None = None) -> dict[str, TargetAgreement]:
+    """Compare two label sets on the texts and targets they share.
+
+    Args:
+        labels_a: One measurement.
+        labels_b: Another one, of the same texts or some of them, in any order.
+        top_fraction: The share of the texts whose overlap is reported.
+        groups: A group (source) for each text of `labels_a`, for the agreement inside groups.
+
+    Raises:
+        MismatchError: No common target, or fewer than 3 common texts.
+    """
+    names = [name for name in labels_a.target_names if name in labels_b.target_names]
+    in_b = set(labels_b.text_ids)
+    rows = [row for row, text_id in enumerate(labels_a.text_ids) if text_id in in_b]
+    if not names or len(rows) < 3:
+        raise MismatchError(f"the label sets share {len(rows)} texts and the targets {names}.", "at least 3 common texts and one common target",
+                            "measure the same sample on the same targets with both methods.")
+    common = [labels_a.text_ids[row] for row in rows]
+    first, second = labels_a.take(common), labels_b.take(common)
+    kept_groups = None if groups is None else [groups[row] for row in rows]
+    return {name: TargetAgreement(spearman(first.target(name), second.target(name)),
+                                  top_overlap(first.target(name), second.target(name), fraction=top_fraction), len(common),
+                                  None if kept_groups is None else spearman_within(first.target(name), second.target(name), kept_groups))
+            for name in names}
+
+
+def noise_ceiling(labels: Labels) -> dict[str, float | None]:
+    """Estimate how well two independent measurements of the same labels would agree.
+
+    Each label was also measured on either half of its target set. Their rank correlation r is that of two
+    independent measurements of half the size; Spearman and Brown's 2r / (1 + r) lifts it to the full size.
+    A surrogate can rise above it where the halves' disagreement is itself a function of the text, because it is
+    judged against the same target set that it learnt from; it is a scale for the eye and not a strict bound.
+
+    Returns:
+        Target name -> ceiling, None where the target set has no halves.
+    """
+    result: dict[str, float | None] = {}
+    for column, name in enumerate(labels.target_names):
+        first, second = labels.halves[0, :, column], labels.halves[1, :, column]
+        if len(first) < 3 or not (np.isfinite(first).all() and np.isfinite(second).all()):
+            result[name] = None
+            continue
+        half = spearman(first, second)
+        result[name] = 2 * half / (1 + half) if half > 0 else 0.0
+    return result
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Return Spearman's rank correlation of two (S,) arrays, ties averaged; 0 where one of them is constant."""
+    from scipy.stats import rankdata
+
+    ranks_a, ranks_b = rankdata(a), rankdata(b)
+    if ranks_a.std() == 0 or ranks_b.std() == 0:
+        return 0.0
+    return float(np.corrcoef(ranks_a, ranks_b)[0, 1])
+
+
+def spearman_within(a: np.ndarray, b: np.ndarray, groups: Sequence[str]) -> float | None:
+    """Return the mean rank correlation inside groups of at least `MIN_GROUP` texts, weighted by size; None if there is none."""
+    groups_array = np.asarray(groups)
+    total, weight = 0.0, 0
+    for group in sorted(set(groups)):
+        rows = np.flatnonzero(groups_array == group)
+        if len(rows) >= MIN_GROUP:
+            total += len(rows) * spearman(a[rows], b[rows])
+            weight += len(rows)
+    return total / weight if weight else None
+
+
+def top_overlap(a: np.ndarray, b: np.ndarray, *, fraction: float) -> float:
+    """Return the share of the top `fraction` of `a` that is also in the top of `b`; ties go by position."""
+    count = max(1, round(fraction * len(a)))
+    top_a, top_b = (set(np.argsort(-values, kind="stable")[:count].tolist()) for values in (a, b))
+    return len(top_a & top_b) / count

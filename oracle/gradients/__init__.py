@@ -1,0 +1,1 @@
+"""Exact products of per-text gradients with fixed directions, without per-text gradients."""

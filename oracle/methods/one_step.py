@@ -1,0 +1,112 @@
+"""The definition of influence: take one real optimiser step on the text alone and look at the target losses.
+
+MATES (Yu et al. 2024, arXiv 2406.06046) labels this way. Its released code reloads the checkpoint from disk
+for each text and evaluates a thousand reference texts after it, about 97 % of its cost; here the state is put
+back from memory, the target sets are tokenised and batched once and may be subsampled, and both losses,
+before and after, are kept. MATES stores the loss after the step (lower is better); here positive is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from oracle.encoding import EncodedText, make_batch
+from oracle.errors import InputError, NotFiniteError, check_at_least
+from oracle.language_model import LanguageModel
+from oracle.methods import Measured
+from oracle.plugins import option
+from oracle.snapshot import Snapshot
+from oracle.target_columns import TargetColumns
+
+
+@dataclass(kw_only=True)
+class OneStep:
+    """Loss of each target set before and after one real step of the optimiser on the text alone.
+
+    Paper:
+        MATES, Yu et al. 2024, arXiv 2406.06046.
+    Cost:
+        One training step and one evaluation of all target sets per text; a copy of weights and optimiser state.
+    Limit:
+        With SGD, divided by its learning rate, it tends to `grad_dot` as the learning rate tends to 0.
+    """
+
+    plugin_name: ClassVar[str] = "one_step"
+    needs_optimizer: ClassVar[bool] = True
+    changes_weights: ClassVar[bool] = True
+
+    max_grad_norm: float | None = option(None, "Clip the step's gradient at this global norm, as the training run does; None does not clip.")
+    subtract_shared: bool = option(False, "Subtract what a step without any gradient does (momentum, weight decay), measured once.")
+
+    def __post_init__(self) -> None:
+        if self.max_grad_norm is not None:
+            check_at_least("max_grad_norm", self.max_grad_norm, 1e-30)
+
+    @property
+    def units(self) -> str:
+        """Unit of the values."""
+        return "nats per target token"
+
+    def prepare(self, lm: LanguageModel, columns: TargetColumns) -> None:
+        """Copy the state, measure the losses before, and what a step with a zero gradient does to them."""
+        if lm.optimizer is None:
+            raise InputError("one_step needs the optimiser that trains the model, and there is none.",
+                             "a LanguageModel with optimizer=..., or a checkpoint folder that has its optimiser state",
+                             "pass optimizer=torch.optim.AdamW(module.parameters(), lr=...), or use method='grad_dot'.")
+        if all(float(group["lr"]) == 0.0 for group in lm.optimizer.param_groups):
+            raise InputError("the optimiser's learning rate is 0, so a step changes nothing.", "a learning rate above 0",
+                             "set the rate of the phase that you select for (schedules end at 0), or use method='grad_dot'.")
+        self.lm_, self.columns_ = lm, columns
+        self.snapshot_: Snapshot = lm.snapshot()
+        self.before_ = columns.losses(lm)  # (K,)
+        if not np.isfinite(self.before_).all():
+            bad = sorted({columns.names[columns.parts[index]] for index in np.flatnonzero(~np.isfinite(self.before_))})
+            raise NotFiniteError(f"the loss before the step is NaN or infinite on the target sets {bad}.", "finite losses",
+                                 "check the checkpoint (did training diverge?) or load it in float32.")
+        self.shared_ = self.before_ - self._losses_after(None)  # (K,)
+
+    def measure(self, encoded: Sequence[EncodedText]) -> Measured:
+        """Step on each text in turn from the same state."""
+        after = np.zeros((len(encoded), len(self.columns_.parts)))
+        losses, norms = np.zeros(len(encoded)), np.zeros(len(encoded))
+        for row, text in enumerate(encoded):
+            after[row] = self._losses_after(text)
+            losses[row], norms[row] = self.last_loss_, self.last_norm_
+        values = self.before_ - after - (self.shared_ if self.subtract_shared else 0.0)  # (B, K)
+        columns = {"after": self.columns_.combine(after), "text_loss": losses, "gradient_norm": norms}
+        return Measured(self.columns_.combine(values), self.columns_.halves(values), columns)
+
+    def facts(self) -> dict[str, Any]:
+        """Losses before the step and the shared part, per target set."""
+        return {"before": self.columns_.combine(self.before_).tolist(), "shared_part": self.columns_.combine(self.shared_).tolist()}
+
+    def flops(self, num_tokens: int, columns: TargetColumns) -> float:
+        """Counted FLOPs for one text of `num_tokens`."""
+        return self.lm_.forward_flops_per_token * (3 * num_tokens + columns.num_tokens)
+
+    def _losses_after(self, text: EncodedText | None) -> np.ndarray:
+        """Step on a text (None: with zero gradients), measure all parts, put the state back."""
+        lm = self.lm_
+        assert lm.optimizer is not None
+        parameters = [p for p in lm.module.parameters() if p.requires_grad]
+        self.last_loss_ = self.last_norm_ = 0.0
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter) if text is None or not text.num_targets else None
+        try:
+            if text is not None and text.num_targets:
+                loss = lm.text_losses(make_batch([text], positions=[0], device=lm.device)).sum()
+                loss.backward()
+                self.last_loss_ = float(loss.detach())
+                limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+                self.last_norm_ = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+            lm.optimizer.step()
+            return self.columns_.losses(lm)
+        finally:
+            lm.restore_weights(self.snapshot_)
+            for parameter in parameters:
+                parameter.grad = None

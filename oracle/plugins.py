@@ -1,0 +1,83 @@
+"""Plug-ins: one file, one keyword-only dataclass; the file's name is the plug-in's name.
+
+Oracle methods, encoders, surrogates and selection rules are found by listing the files of their folder.
+A plug-in's options are its dataclass fields, each made by `option` with a sentence of help; the command
+line, the README's table and the contract tests read them from there, and nothing else is edited.
+Listing the names imports nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+from oracle.errors import InputError, check_choice, closest
+
+
+def option(default: Any, help_text: str) -> Any:
+    """Declare an option of a plug-in: a dataclass field with its default and one sentence of help."""
+    if isinstance(default, (list, dict, set)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help_text})
+    return dataclasses.field(default=default, metadata={"help": help_text})
+
+
+def names(package: str) -> list[str]:
+    """List the plug-ins of a package by file name, sorted, without importing them."""
+    folder = importlib.import_module(package).__path__
+    return sorted(module.name for module in pkgutil.iter_modules(folder) if not module.name.startswith("_"))
+
+
+def load(package: str, name: str) -> type:
+    """Return the plug-in class of `package` called `name`.
+
+    Raises:
+        InputError: There is no such plug-in; the message lists those that there are.
+    """
+    check_choice(package.rpartition(".")[2].removesuffix("s"), name, names(package))
+    module = importlib.import_module(f"{package}.{name}")
+    classes = [member for member in vars(module).values() if inspect.isclass(member)
+               and member.__module__ == module.__name__ and dataclasses.is_dataclass(member)
+               and getattr(member, "plugin_name", None) == name]
+    assert len(classes) == 1, f"{module.__name__} must define one dataclass with plugin_name = {name!r}"
+    return classes[0]
+
+
+def create(package: str, name: str, options: dict[str, Any]) -> Any:
+    """Make the plug-in `name` with `options`.
+
+    Raises:
+        InputError: No such plug-in, or it has no such option; the message lists what there is.
+    """
+    plugin = load(package, name)
+    accepted = [field.name for field in dataclasses.fields(plugin) if field.init]
+    for key in options:
+        if key not in accepted:
+            raise InputError(f"{name!r} has no option {key!r}{closest(key, accepted)}.", ", ".join(accepted) or "no options",
+                             "remove the option or correct its name.")
+    return plugin(**options)
+
+
+def options_of(plugin: Any) -> dict[str, Any]:
+    """Return the options of a plug-in object as plain values (fields marked `repr=False` are left out)."""
+    return {field.name: getattr(plugin, field.name) for field in dataclasses.fields(plugin) if field.init and field.repr}
+
+
+def describe(package: str, name: str) -> dict[str, Any]:
+    """Return what people are told of a plug-in: summary, paper, cost, limit and options with help."""
+    plugin = load(package, name)
+    lines = inspect.cleandoc(plugin.__doc__ or "").splitlines()
+    sections: dict[str, str] = {}
+    current = ""
+    for line in lines[1:]:
+        if line and not line.startswith(" ") and line.endswith(":"):
+            current = line[:-1].lower()
+            sections[current] = ""
+        elif current and line.startswith(" "):
+            sections[current] = f"{sections[current]} {line.strip()}".strip()
+    options = [{"name": field.name, "default": None if field.default is dataclasses.MISSING else field.default,
+                "help": field.metadata.get("help", "")} for field in dataclasses.fields(plugin) if field.init]
+    return {"name": name, "summary": lines[0] if lines else "", "paper": sections.get("paper", ""),
+            "cost": sections.get("cost", ""), "limit": sections.get("limit", ""), "options": options}

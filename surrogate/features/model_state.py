@@ -1,0 +1,195 @@
+"""What one forward pass of a language model says about a text.
+
+The mean hidden state below the output layer, statistics of the token losses, and the exact influence of the
+text through the output layer on every target set. That part of the gradient is sum_t (p_t - y_t) h_t', which
+a forward pass has at hand, and so has its product with the same for each target; alone it ranks texts much
+as the whole gradient does. The model can be the live checkpoint or a smaller one trained beside it.
+
+Min-K% is the mean log-probability of the least likely tokens (Shi et al. 2024, arXiv 2310.16789); the error
+norm is that of p - y (Paul et al. 2021, arXiv 2107.07075).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from oracle.artifacts import fingerprint
+from oracle.encoding import IGNORED, Batch
+from oracle.errors import InputError, InputTypeError
+from oracle.gradients.products import GRADIENT_BLOCK_BYTES, dot_in_blocks
+from oracle.language_model import LanguageModel
+from oracle.methods.grad_dot import adam_moments
+from oracle.plugins import option, options_of
+from oracle.target_columns import TargetColumns, prepare_targets
+from oracle.targets import read_targets
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+STATISTICS = ("mean_loss", "std_loss", "max_loss", "min_k", "entropy", "error_norm", "log_num_tokens")
+
+
+@dataclass(kw_only=True)
+class ModelState:
+    """Mean hidden state, token-loss statistics and exact last-layer influence on each target, from one forward pass.
+
+    Cost:
+        One forward pass of the model per text, and one more product of the output layer's size.
+    Limit:
+        Without hidden state and statistics, the last-layer influence is `grad_dot` restricted to the output layer.
+    """
+
+    plugin_name: ClassVar[str] = "model_state"
+    frozen: ClassVar[bool] = False
+    needs_model: ClassVar[bool] = True
+
+    model: Any = option(None, "A LanguageModel, or the folder or hub name of one: the live checkpoint or a proxy.")
+    targets: Any = option(None, "The named target sets for the last-layer influence; None leaves it out.")
+    hidden: bool = option(True, "Whether the mean hidden state below the output layer is part of the features.")
+    min_k: float = option(0.2, "Share of the least likely tokens in Min-K%.")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_k <= 1:
+            raise InputError(f"min_k={self.min_k!r}.", "a share above 0 and at most 1", "pass such a share.")
+        self._lm: LanguageModel | None = self.model if isinstance(self.model, LanguageModel) else None
+        self._columns: TargetColumns | None = None
+        self._directions: dict[str, Tensor] = {}
+
+    @property
+    def lm(self) -> LanguageModel:
+        """The language model, loaded when it is first needed."""
+        if self._lm is None:
+            if not isinstance(self.model, str):
+                raise InputTypeError(f"model_state has model={self.model!r}.", "an oracle.LanguageModel, or the folder or hub name of one",
+                                     "pass ModelState(model=lm), or a path.")
+            self._lm = LanguageModel.from_pretrained(self.model)
+        return self._lm
+
+    def key(self) -> str:
+        """Name of the cache folder: options, checkpoint and target sets."""
+        options = {name: value for name, value in options_of(self).items() if name not in ("model", "targets")}
+        targets = {target.name: target.fingerprint for target in read_targets(self.targets)} if self.targets is not None else {}
+        return f"model_state-{fingerprint([options, targets])}-{self.fingerprint()}"
+
+    def fingerprint(self) -> str:
+        """Identity of the weights (and of the optimiser state that preconditions the last layer)."""
+        return self.lm.fingerprint(optimizer=True)
+
+    def flops(self, texts: Dataset) -> float:
+        """Counted FLOPs for these texts."""
+        head = self._head()
+        extra = 2.0 * head.weight.numel() if self.targets is not None else 0.0
+        num_tokens = sum(len(text.input_ids) for text in self.lm.encode(texts))
+        return num_tokens * (self.lm.forward_flops_per_token + extra)
+
+    def encode(self, texts: Dataset) -> np.ndarray:
+        """Return (N, D) float32 features in the order of `texts`."""
+        encoded = self.lm.encode(texts)
+        rows: list[np.ndarray | None] = [None] * len(encoded)
+        with self.lm.preserved(weights=False), torch.no_grad():
+            if self.targets is not None and not self._directions:
+                self._prepare_targets()
+            for batch in self.lm.batches(encoded):
+                features = self._features(batch).float().cpu().numpy()
+                for position, row in zip(batch.positions, features, strict=True):
+                    rows[position] = row
+        return np.stack([row for row in rows if row is not None]).astype(np.float32)
+
+    def feature_names(self) -> list[str]:
+        """Name every column."""
+        width = self._head().weight.shape[1] if self.hidden else 0
+        targets = [f"last_layer.{target.name}" for target in read_targets(self.targets)] if self.targets is not None else []
+        return [*STATISTICS, *targets, *(f"hidden.{index}" for index in range(width))]
+
+    def _features(self, batch: Batch) -> Tensor:
+        """(B, D) for one batch."""
+        hidden, errors, losses, entropy, mask = self._forward(batch)
+        count = mask.sum(1).clamp_min(1)  # (B,)
+        columns = [self._statistics(losses, errors, entropy, mask)]
+        if self._directions:
+            columns.append(self._influence(hidden, errors) / count.unsqueeze(1))
+        if self.hidden:
+            columns.append((hidden * mask.unsqueeze(2)).sum(1) / count.unsqueeze(1))
+        return torch.cat([column.float() for column in columns], dim=1)
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Hidden states (B, L-1, H), errors p - y (B, L-1, V) zero where not predicted, losses, entropy and mask (B, L-1)."""
+        with self._captured_input() as captured:
+            logits = self.lm.module(input_ids=batch.input_ids, use_cache=False).logits[:, :-1].float()
+        hidden = captured[0][:, :-1].float()
+        labels = batch.labels[:, 1:]
+        mask = labels != IGNORED
+        log_p = torch.log_softmax(logits, dim=-1)
+        safe = labels.clamp_min(0).unsqueeze(2)
+        losses = -log_p.gather(2, safe).squeeze(2) * mask
+        p = log_p.exp()
+        entropy = -(p * log_p).sum(2) * mask
+        errors = p.scatter_add_(2, safe, torch.full_like(safe, -1, dtype=p.dtype)) * mask.unsqueeze(2)
+        return hidden, errors, losses, entropy, mask
+
+    def _statistics(self, losses: Tensor, errors: Tensor, entropy: Tensor, mask: Tensor) -> Tensor:
+        """(B, 7) in the order of `STATISTICS`."""
+        count = mask.sum(1).clamp_min(1).float()
+        mean = losses.sum(1) / count
+        spread = (((losses - mean.unsqueeze(1)).square() * mask).sum(1) / count).sqrt()
+        worst = losses.masked_fill(~mask, -1.0).sort(dim=1, descending=True).values  # losses are never below 0
+        num_worst = (count * self.min_k).ceil().clamp_min(1)  # (B,)
+        is_worst = torch.arange(worst.shape[1], device=worst.device) < num_worst.unsqueeze(1)
+        min_k = -(worst.clamp_min(0) * is_worst).sum(1) / num_worst
+        error_norm = errors.norm(dim=2).sum(1) / count
+        return torch.stack([mean, spread, worst[:, 0].clamp_min(0), min_k, entropy.sum(1) / count, error_norm, count.log1p()], dim=1)
+
+    def _influence(self, hidden: Tensor, errors: Tensor) -> Tensor:
+        """(B, C): product of the text's output-layer gradient (loss summed over its tokens) with each target's direction."""
+        weight = self._directions["weight"]
+        step = max(1, GRADIENT_BLOCK_BYTES // (4 * errors.shape[2] * hidden.shape[2]))
+        blocks = [dot_in_blocks(torch.bmm(errors[first:first + step].transpose(1, 2), hidden[first:first + step]).flatten(1), weight.flatten(1))
+                  for first in range(0, errors.shape[0], step)]
+        products = torch.cat(blocks)
+        if "bias" in self._directions:
+            products += (errors.sum(1) @ self._directions["bias"].T).double()
+        return products
+
+    def _prepare_targets(self) -> None:
+        """The output layer's target gradients, from forward passes, preconditioned where there is Adam state."""
+        columns = self._columns = prepare_targets(self.lm, read_targets(self.targets), halves=False)
+        head = self._head()
+        directions = {name: torch.zeros(len(columns.names), *parameter.shape, device=parameter.device)
+                      for name, parameter in head.named_parameters(recurse=False)}
+        for batch, part in zip(columns.batches, columns.batch_parts, strict=True):
+            hidden, errors, *_ = self._forward(batch)
+            flat_errors = errors.flatten(0, 1) / float(columns.part_tokens[part])  # (B * (L-1), V)
+            directions["weight"][columns.parts[part]] += flat_errors.T @ hidden.flatten(0, 1)
+            if "bias" in directions:
+                directions["bias"][columns.parts[part]] += flat_errors.sum(0)
+        moments = adam_moments(self.lm)
+        if moments is not None:
+            names = {parameter: name for name, parameter in self.lm.module.named_parameters()}
+            for name, parameter in head.named_parameters(recurse=False):
+                root, eps = moments[names[parameter]]
+                directions[name] /= root + eps
+        self._directions = directions
+
+    def _head(self) -> Any:
+        head = self.lm.module.get_output_embeddings()  # type: ignore[operator]
+        if head is None:
+            raise InputTypeError(f"{type(self.lm.module).__name__} has no output embeddings.", "a causal language model with an output layer",
+                                 "give the module get_output_embeddings().")
+        return head
+
+    @contextmanager
+    def _captured_input(self) -> Iterator[list[Tensor]]:
+        """Collect what enters the output layer during a block."""
+        captured: list[Tensor] = []
+        handle = self._head().register_forward_pre_hook(lambda module, args: captured.append(args[0].detach()))
+        try:
+            yield captured
+        finally:
+            handle.remove()

@@ -1,0 +1,281 @@
+"""Influence network: ridge regression plus small multilayer perceptrons that learn what it leaves over.
+
+With a few hundred labels and thousands of noisy features, a plain perceptron is worse than ridge regression.
+So the linear part is solved in closed form, and the perceptrons are trained on its errors for texts that were
+left out of it: what they see is what a linear map truly misses. Their last layer starts at zero, training stops
+when held-out texts stop improving, and a gate per target scales the correction to what it was worth on those
+texts, down to nothing. All targets share the hidden layers. Several members, each with another split and
+another start, are averaged; their spread says where they disagree.
+
+Papers: Agarwal and Hakkani-Tür 2025, Neural Networks for Learnable and Scalable Influence Estimation
+(arXiv 2502.09969) for predicting influence from embeddings with a small network; Lakshminarayanan et al. 2017
+(ensembles); Wolpert 1992 (fitting on left-out errors). Left out: training the text encoder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal, Self, overload
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from torch.nn.functional import gelu
+
+from oracle.errors import InputError, check_at_least, check_choice
+from oracle.plugins import option
+from surrogate.linear import fit_ridge
+from surrogate.models import (
+    TrainingData,
+    features_to_score,
+    load_state,
+    require_fitted,
+    save_state,
+    training_data,
+    with_prefix,
+    without_prefix,
+)
+from surrogate.scaling import LABEL_SCALES, FeatureScaler, LabelScaler
+from surrogate.splits import grouped_holdout
+
+ROWS_PER_BLOCK = 8192
+
+
+@dataclass
+class _Member:
+    """One perceptron: weights (in, out) and biases per layer."""
+
+    weights: list[Tensor]
+    biases: list[Tensor]
+
+    def parameters(self) -> list[Tensor]:
+        return self.weights + self.biases
+
+    def output(self, x: Tensor, *, dropout: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
+        """Return the output (B, C) for standardised features; dropout only where a generator is given."""
+        hidden = x
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            if generator is not None and dropout > 0:
+                hidden = hidden * torch.empty_like(hidden).bernoulli_(1 - dropout, generator=generator) / (1 - dropout)
+            hidden = hidden @ weight + bias
+            hidden = gelu(hidden) if layer < len(self.weights) - 1 else hidden
+        return hidden
+
+    def copy(self) -> _Member:
+        return _Member([weight.detach().clone() for weight in self.weights], [bias.detach().clone() for bias in self.biases])
+
+    def arrays(self) -> dict[str, NDArray]:
+        arrays: dict[str, NDArray] = {}
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            arrays[f"{layer}.weight"], arrays[f"{layer}.bias"] = weight.detach().numpy(), bias.detach().numpy()
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, NDArray]) -> _Member:
+        layers = range(len(arrays) // 2)
+        return cls([torch.from_numpy(arrays[f"{layer}.weight"]) for layer in layers],
+                   [torch.from_numpy(arrays[f"{layer}.bias"]) for layer in layers])
+
+
+@dataclass(kw_only=True, eq=False)
+class InfluenceNetwork:
+    """Ridge regression plus an ensemble of small perceptrons on its held-out errors, all targets at once.
+
+    Use it where targets are several and alike, where their spread is wanted, or on dense embeddings; `trees` where
+    single features carry thresholds; `ridge` where labels are fewer than about 200. Runs on the CPU, repeatably.
+
+    Attributes (learned): `members_` the perceptrons; `weights_` (D, C) and `intercept_` (C,) of the linear path on
+    standardised features; `gates_` (members, C) how much of each correction is kept; `num_features_`.
+
+    Cost:
+        One ridge regression, and per member and epoch one pass over the labelled texts: some seconds per member at
+        2,400 texts and 3,000 features on one core.
+    Limit:
+        With gates at zero (nothing left over that can be learned) it equals `ridge`.
+    Paper:
+        Agarwal and Hakkani-Tür 2025, arXiv 2502.09969; the linear path, gates and ensemble are this project's.
+    """
+
+    plugin_name: ClassVar[str] = "network"
+    hidden: str | Sequence[int] = option("128", "Widths of the hidden layers, comma-separated.")
+    dropout: float = option(0.2, "Share of inputs and hidden units that are dropped while training.")
+    learning_rate: float = option(1e-3, "Step size of AdamW.")
+    weight_decay: float = option(0.1, "Decoupled weight decay of AdamW.")
+    max_epochs: int = option(100, "Most passes over the labelled texts.")
+    patience: int = option(10, "Epochs without improvement on the validation texts after which a member stops.")
+    batch_size: int = option(64, "Texts per training step.")
+    ensemble: int = option(5, "Number of members, each with another split and start.")
+    linear_path: bool = option(True, "Fit ridge regression first and train members on its held-out errors.")
+    label_scale: str = option("rank", "Scale that labels are fitted on: rank, robust or none (then of order 1).")
+    validation_fraction: float = option(0.2, "Share of the texts that decide when a member stops.")
+    seed: int = option(0, "Seed of splits, starts, batches and dropout.")
+    members_: list[_Member] = field(init=False, repr=False)
+    weights_: Tensor = field(init=False, repr=False)
+    intercept_: Tensor = field(init=False, repr=False)
+    gate_: Tensor = field(init=False, repr=False)
+    _feature_scaler: FeatureScaler = field(init=False, repr=False)
+    _label_scaler: LabelScaler = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_choice("label_scale", self.label_scale, LABEL_SCALES)
+        for name, minimum in (("max_epochs", 1), ("patience", 1), ("batch_size", 1), ("ensemble", 1), ("seed", 0),
+                              ("weight_decay", 0), ("dropout", 0)):
+            check_at_least(name, getattr(self, name), minimum)
+        for name, accepted in (("dropout", "a number from 0 to below 1"), ("validation_fraction", "a number above 0 and below 1"),
+                               ("learning_rate", "a number above 0 and below 1")):
+            value = getattr(self, name)
+            if not (0 < value < 1 or (name == "dropout" and value == 0)):
+                raise InputError(f"{name}={value!r} cannot be used.", accepted, f"pass such a value for {name}.")
+        self._widths()
+
+    @property
+    def num_features_(self) -> int:
+        """Number of feature columns D of the fit."""
+        return len(self.weights_)
+
+    @property
+    def gates_(self) -> NDArray[np.float32]:
+        """How much of each member's correction is kept, (members, C), from 0 to 1."""
+        return np.stack([member.gate.numpy() for member in self.members_])
+
+    def fit(self, X: ArrayLike, y: ArrayLike, *, groups: ArrayLike | None = None) -> Self:
+        """Learn from features (S, D) and labels (S, C) or (S,); `groups` stay on one side of each split."""
+        data = training_data(X, y, groups)
+        feature_scaler, label_scaler = FeatureScaler().fit(data.features), LabelScaler(self.label_scale).fit(data.labels)
+        x, scaled = feature_scaler.transform(data.features), label_scaler.transform(data.labels)
+        intercept = scaled.mean(axis=0)
+        ridge = fit_ridge(x, scaled - intercept, groups=data.groups) if self.linear_path else None
+        tensors = torch.from_numpy(x), torch.from_numpy(scaled - intercept).float()
+        members, held_out = [], []
+        for number in range(self.ensemble):
+            mask = grouped_holdout(data.groups, fraction=self.validation_fraction, seed=self.seed * 1_000 + number,
+                                   keys=data.keys)
+            held_out.append(torch.from_numpy(np.flatnonzero(mask)))
+            members.append(self._train_member(number, tensors, rows=(torch.from_numpy(np.flatnonzero(~mask)), held_out[-1])))
+        gate = torch.ones(scaled.shape[1])
+        weights = torch.zeros(x.shape[1], scaled.shape[1])
+        if ridge is not None:
+            weights = torch.from_numpy(ridge.weights).float()
+            intercept = intercept + ridge.intercept
+            gate = _gate(members, held_out, tensors=tensors, linear=torch.from_numpy(ridge.held_out).float())
+        gate[torch.from_numpy(data.labels.max(axis=0) == data.labels.min(axis=0))] = 0.0
+        self.weights_, self.intercept_, self.gate_ = weights, torch.from_numpy(intercept).float(), gate
+        self.members_, self._feature_scaler, self._label_scaler = members, feature_scaler, label_scaler
+        return self
+
+    @overload
+    def predict(self, X: ArrayLike, return_spread: Literal[False] = False) -> NDArray[np.float32]: ...
+
+    @overload
+    def predict(self, X: ArrayLike, return_spread: Literal[True]) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+
+    def predict(self, X: ArrayLike, return_spread: bool = False) -> (
+            NDArray[np.float32] | tuple[NDArray[np.float32], NDArray[np.float32]]):
+        """Return scores (B, C) in label units for features (B, D).
+
+        Members are averaged on the label scale, where one outlying member moves the mean least.
+
+        Args:
+            X: Features (B, D).
+            return_spread: Also return the standard deviation over members (B, C) in label units, zeros for one member.
+        """
+        features = features_to_score(X, self.num_features_ if hasattr(self, "members_") else None)
+        num_targets = len(self.intercept_)
+        scores, spreads = np.zeros((2, len(features), num_targets), dtype=np.float32)
+        for start in range(0, len(features), ROWS_PER_BLOCK):
+            block = slice(start, start + ROWS_PER_BLOCK)
+            outputs = self._member_outputs(features[block])  # (members, b, C)
+            scores[block] = self._label_scaler.inverse(outputs.mean(axis=0))
+            if return_spread:
+                spreads[block] = np.stack([self._label_scaler.inverse(output) for output in outputs]).std(axis=0)
+        return (scores, spreads) if return_spread else scores
+
+    def save(self, folder: Path) -> None:
+        """Write the fitted surrogate into `folder`."""
+        require_fitted(hasattr(self, "members_"))
+        arrays = {"weights": self.weights_.numpy(), "intercept": self.intercept_.numpy()}
+        for number, member in enumerate(self.members_):
+            arrays |= with_prefix(f"member{number}", member.arrays())
+        save_state(Path(folder), self, arrays | with_prefix("features", self._feature_scaler.arrays())
+                   | with_prefix("labels", self._label_scaler.arrays()))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what `save` wrote."""
+        options, arrays = load_state(Path(folder), cls.plugin_name)
+        surrogate = cls(**options)
+        surrogate.weights_, surrogate.intercept_ = (torch.from_numpy(arrays[name]) for name in ("weights", "intercept"))
+        surrogate.members_ = [_Member.from_arrays(without_prefix(f"member{number}", arrays))
+                              for number in range(surrogate.ensemble)]
+        surrogate._feature_scaler = FeatureScaler.from_arrays(without_prefix("features", arrays))
+        surrogate._label_scaler = LabelScaler.from_arrays(without_prefix("labels", arrays))
+        return surrogate
+
+    def _widths(self) -> list[int]:
+        """Return the widths of the hidden layers."""
+        parts = self.hidden.split(",") if isinstance(self.hidden, str) else list(self.hidden)
+        texts = [str(part).strip() for part in parts]
+        if not texts or not all(text.isdecimal() and int(text) > 0 for text in texts):
+            raise InputError(f"hidden={self.hidden!r} cannot be used.", "positive whole numbers such as '128' or '256,64'",
+                             "give the width of each hidden layer.")
+        return [int(text) for text in texts]
+
+    def _member_outputs(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
+        x = torch.from_numpy(self._feature_scaler.transform(features))
+        with torch.no_grad():
+            linear = self.intercept_ + (1 - self.gate_) * (x @ self.weights_)  # (b, C)
+            outputs = [linear + self.gate_ * member.output(x) for member in self.members_]
+        return torch.stack(outputs).double().numpy()
+
+    def _new_member(self, shape: tuple[int, int], generator: torch.Generator) -> _Member:
+        """Return a member for (D, C) whose hidden layers are random and whose output is zero."""
+        sizes = [shape[0], *self._widths(), shape[1]]
+        weights = [torch.randn(before, after, generator=generator) * math.sqrt(2 / before)
+                   for before, after in zip(sizes[:-2], sizes[1:-1], strict=True)]
+        weights.append(torch.zeros(sizes[-2], sizes[-1]))
+        return _Member(weights, [torch.zeros(size) for size in sizes[1:]])
+
+    def _train_member(self, number: int, tensors: tuple[Tensor, Tensor], *, rows: tuple[Tensor, Tensor]) -> _Member:
+        """Train one member on the first rows until the second ones stop improving; the best epoch is kept."""
+        (x, targets), (training, validation) = tensors, rows
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]))
+        member = self._new_member((x.shape[1], targets.shape[1]), generator)
+        for parameter in member.parameters():
+            parameter.requires_grad_(True)
+        optimizer = torch.optim.AdamW(member.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        best_error, best, stalled = math.inf, member.copy(), 0
+        for _ in range(self.max_epochs):
+            self._train_epoch(member, optimizer, (x, targets, training), generator)
+            with torch.no_grad():
+                error = float((member.output(x[validation]) - targets[validation]).square().mean())
+            if error < best_error:
+                best_error, best, stalled = error, member.copy(), 0
+            else:
+                stalled += 1
+                if stalled == self.patience:
+                    break
+        return best
+
+    def _train_epoch(self, member: _Member, optimizer: torch.optim.Optimizer, tensors: tuple[Tensor, Tensor, Tensor],
+                     generator: torch.Generator) -> None:
+        x, residuals, training = tensors
+        order = training[torch.randperm(len(training), generator=generator)]
+        for rows in order.split(self.batch_size):
+            outputs = member.output(x[rows], dropout=self.dropout, generator=generator)
+            optimizer.zero_grad()
+            (outputs - residuals[rows]).square().mean().backward()
+            optimizer.step()
+
+
+def _gate(members: list[_Member], held_out: list[Tensor], *, tensors: tuple[Tensor, Tensor], linear: Tensor) -> Tensor:
+    """Return the share (0 to 1) of the members beside the linear path that fits held-out labels best, per target."""
+    x, targets = tensors
+    rows = torch.cat(held_out)
+    linear, outputs = linear[rows], torch.cat([member.output(x[part]) for member, part in zip(members, held_out, strict=True)])
+    power = (outputs - linear).square().sum(dim=0)
+    gate = ((outputs - linear) * (targets[rows] - linear)).sum(dim=0) / power.clamp_min(torch.finfo(torch.float32).tiny)
+    return gate.clamp(0.0, 1.0)

@@ -1,0 +1,100 @@
+"""Ridge regression: the surrogate that every other one has to beat.
+
+Features are standardised, labels put on their scale, and one linear map per target fitted in closed form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from oracle.errors import InputError, check_choice
+from oracle.plugins import option
+from surrogate.linear import fit_ridge
+from surrogate.models import (
+    features_to_score,
+    load_state,
+    require_fitted,
+    save_state,
+    training_data,
+    with_prefix,
+    without_prefix,
+)
+from surrogate.scaling import LABEL_SCALES, FeatureScaler, LabelScaler
+
+
+@dataclass(kw_only=True, eq=False)
+class RidgeSurrogate:
+    """Linear map from features to labels with a squared penalty, chosen per target by leaving texts out.
+
+    Fast, hard to break, and with a few hundred labels often as good as anything; use `network` or `trees`
+    where their held-out fidelity is above it.
+
+    Attributes (learned): `weights_` (D, C) and `intercept_` (C,) for standardised features on the label scale;
+    `alphas_` (C,) the penalties; `num_features_`.
+
+    Cost:
+        One eigendecomposition of min(S, D) rows; seconds at 2,400 texts and 3,000 features.
+    Limit:
+        A large `alpha` predicts the middle label for every text.
+    Paper:
+        Hoerl and Kennard 1970.
+    """
+
+    plugin_name: ClassVar[str] = "ridge"
+    alpha: float | None = option(None, "Penalty on squared weights of standardised features; none: chosen per target.")
+    label_scale: str = option("rank", "Scale that labels are fitted on: rank, robust or none.")
+    weights_: NDArray[np.float64] = field(init=False, repr=False)
+    intercept_: NDArray[np.float64] = field(init=False, repr=False)
+    alphas_: NDArray[np.float64] = field(init=False, repr=False)
+    _feature_scaler: FeatureScaler = field(init=False, repr=False)
+    _label_scaler: LabelScaler = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_choice("label_scale", self.label_scale, LABEL_SCALES)
+        if self.alpha is not None and not (isinstance(self.alpha, (int, float)) and 0 < self.alpha < float("inf")):
+            raise InputError(f"alpha={self.alpha!r} cannot be used.", "a positive number, or none",
+                             "leave alpha out to have it chosen.")
+
+    @property
+    def num_features_(self) -> int:
+        """Number of feature columns D of the fit."""
+        return len(self.weights_)
+
+    def fit(self, X: ArrayLike, y: ArrayLike, *, groups: ArrayLike | None = None) -> Self:
+        """Learn from features (S, D) and labels (S, C) or (S,); `groups` are left out together."""
+        data = training_data(X, y, groups)
+        self._feature_scaler = FeatureScaler().fit(data.features)
+        self._label_scaler = LabelScaler(self.label_scale).fit(data.labels)
+        ridge = fit_ridge(self._feature_scaler.transform(data.features), self._label_scaler.transform(data.labels),
+                          groups=data.groups, alpha=self.alpha)
+        self.weights_, self.intercept_, self.alphas_ = ridge.weights, ridge.intercept, ridge.alphas
+        return self
+
+    def predict(self, X: ArrayLike) -> NDArray[np.float32]:
+        """Return scores (B, C) in label units for features (B, D)."""
+        features = features_to_score(X, self.num_features_ if hasattr(self, "weights_") else None)
+        scaled = self._feature_scaler.transform(features) @ self.weights_ + self.intercept_  # (B, C)
+        return self._label_scaler.inverse(scaled).astype(np.float32)
+
+    def save(self, folder: Path) -> None:
+        """Write the fitted surrogate into `folder`."""
+        require_fitted(hasattr(self, "weights_"))
+        arrays = {"weights": self.weights_, "intercept": self.intercept_, "alphas": self.alphas_}
+        save_state(Path(folder), self, arrays | with_prefix("features", self._feature_scaler.arrays())
+                   | with_prefix("labels", self._label_scaler.arrays()))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what `save` wrote."""
+        options, arrays = load_state(Path(folder), cls.plugin_name)
+        surrogate = cls(**options)
+        surrogate.weights_, surrogate.intercept_ = arrays["weights"], arrays["intercept"]
+        surrogate.alphas_ = arrays["alphas"]
+        surrogate._feature_scaler = FeatureScaler.from_arrays(without_prefix("features", arrays))
+        surrogate._label_scaler = LabelScaler.from_arrays(without_prefix("labels", arrays))
+        return surrogate

@@ -1,0 +1,170 @@
+"""Boosted regression trees (LightGBM), one booster per target.
+
+Trees find thresholds and interactions that a linear map misses and are not moved by monotone changes of a
+feature. The boosters stay reachable, because attribution methods read which labelled texts share leaves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import lightgbm as lgb
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from oracle.artifacts import atomic_path
+from oracle.errors import InputError, MissingFileError, check_at_least, check_choice
+from oracle.plugins import option
+from surrogate.models import (
+    TrainingData,
+    features_to_score,
+    load_state,
+    require_fitted,
+    save_state,
+    training_data,
+    with_prefix,
+    without_prefix,
+)
+from surrogate.scaling import LABEL_SCALES, LabelScaler
+from surrogate.splits import grouped_folds
+
+MAX_BIN = 63  # five times faster than 255 bins on wide features, at the same rank correlation
+STALL_ROUNDS = 50  # rounds without improvement on the validation texts after which boosting stops
+
+
+@dataclass(kw_only=True, eq=False)
+class InfluenceTrees:
+    """Boosted regression trees on raw features, one LightGBM booster per target.
+
+    The number of trees is chosen on validation texts (near-duplicates together); the boosters are then trained on
+    all labelled texts. Prefer `network` where targets are many and alike, `ridge` where labels are few.
+
+    Attributes (learned): `boosters_` C boosters, predicting on the label scale; `num_trees_` their sizes;
+    `num_features_`.
+
+    Cost:
+        A few seconds per target at 2,400 texts and 3,000 features on one core.
+    Limit:
+        With `num_leaves=2` it is additive in the features: no interactions.
+    Paper:
+        Ke et al. 2017, LightGBM; Friedman 2001, gradient boosting.
+    """
+
+    plugin_name: ClassVar[str] = "trees"
+    num_trees: int = option(300, "Most trees per target; fewer are kept where validation texts stop improving.")
+    learning_rate: float = option(0.05, "Share of each tree's correction that is kept.")
+    num_leaves: int = option(15, "Most leaves of a tree.")
+    min_leaf_size: int = option(10, "Fewest texts in a leaf.")
+    feature_fraction: float = option(0.3, "Share of the features that each tree may use.")
+    bagging: float = option(0.8, "Share of the texts that each tree sees.")
+    l2: float = option(1.0, "Penalty on squared leaf values.")
+    label_scale: str = option("rank", "Scale that labels are fitted on: rank, robust or none.")
+    validation_folds: int = option(4, "Folds whose held-out texts choose the number of trees; 0 grows num_trees trees.")
+    num_threads: int = option(1, "Threads of LightGBM; 0 takes all cores; results do not depend on it.")
+    seed: int = option(0, "Seed of the validation split, of bagging and of feature sampling.")
+    boosters_: list[lgb.Booster] = field(init=False, repr=False)
+    num_trees_: list[int] = field(init=False, repr=False)
+    num_features_: int = field(init=False, repr=False)
+    _label_scaler: LabelScaler = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_choice("label_scale", self.label_scale, LABEL_SCALES)
+        for name, minimum in (("num_trees", 1), ("num_leaves", 2), ("min_leaf_size", 1), ("l2", 0), ("num_threads", 0), ("seed", 0)):
+            check_at_least(name, getattr(self, name), minimum)
+        for name in ("learning_rate", "feature_fraction", "bagging"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(f"{name}={getattr(self, name)!r} cannot be used.", "a number above 0 and up to 1",
+                                 f"pass such a value for {name}.")
+        if self.validation_folds != 0:
+            check_at_least("validation_folds", self.validation_folds, 2)
+
+    def fit(self, X: ArrayLike, y: ArrayLike, *, groups: ArrayLike | None = None) -> Self:
+        """Learn from features (S, D) and labels (S, C) or (S,); `groups` stay on one side of the validation split."""
+        data = training_data(X, y, groups)
+        scaler = LabelScaler(self.label_scale).fit(data.labels)
+        targets = scaler.transform(data.labels)  # (S, C)
+        splits = self._splits(data)
+        dataset = lgb.Dataset(data.features, params=self._parameters(), free_raw_data=False)
+        boosters = []
+        for column in targets.T:
+            dataset.set_label(column)
+            num_trees = self._best_num_trees(dataset, splits) if splits else self.num_trees
+            boosters.append(lgb.train(self._parameters(), dataset, num_boost_round=num_trees))
+        self.boosters_, self._label_scaler = boosters, scaler
+        self.num_trees_ = [booster.num_trees() for booster in boosters]
+        self.num_features_ = data.features.shape[1]
+        return self
+
+    def predict(self, X: ArrayLike) -> NDArray[np.float32]:
+        """Return scores (B, C) in label units for features (B, D)."""
+        features = features_to_score(X, self.num_features_ if hasattr(self, "boosters_") else None)
+        if len(features) == 0:
+            return np.zeros((0, len(self.boosters_)), dtype=np.float32)
+        scaled = np.stack([booster.predict(features, num_threads=self.num_threads) for booster in self.boosters_], axis=1)
+        return self._label_scaler.inverse(scaled).astype(np.float32)
+
+    def save(self, folder: Path) -> None:
+        """Write the fitted surrogate into `folder`."""
+        require_fitted(hasattr(self, "boosters_"))
+        folder = Path(folder)
+        for column, booster in enumerate(self.boosters_):
+            with atomic_path(_booster_path(folder, column)) as partial:
+                partial.write_text(booster.model_to_string(), encoding="utf-8")
+        shape = {"num_features": np.array([self.num_features_], dtype=np.int64),
+                 "num_trees": np.array(self.num_trees_, dtype=np.int64)}
+        save_state(folder, self, shape | with_prefix("labels", self._label_scaler.arrays()))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what `save` wrote."""
+        folder = Path(folder)
+        options, arrays = load_state(folder, cls.plugin_name)
+        surrogate = cls(**options)
+        surrogate.num_features_ = int(arrays["num_features"][0])
+        surrogate.num_trees_ = [int(size) for size in arrays["num_trees"]]
+        surrogate._label_scaler = LabelScaler.from_arrays(without_prefix("labels", arrays))
+        surrogate.boosters_ = []
+        for column in range(len(surrogate.num_trees_)):
+            path = _booster_path(folder, column)
+            if not path.exists():
+                raise MissingFileError(f"there is no file {path}.", "a folder that `save` wrote",
+                                       "fit and save the surrogate again.")
+            surrogate.boosters_.append(lgb.Booster(model_str=path.read_text(encoding="utf-8")))
+        return surrogate
+
+    def _splits(self, data: TrainingData) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+        """Return (training rows, validation rows) per fold; fewer folds where there are fewer groups."""
+        if self.validation_folds == 0:
+            return []
+        num_folds = min(self.validation_folds, len(np.unique(data.groups)))
+        folds = grouped_folds(data.groups, num_folds=num_folds, seed=self.seed, keys=data.keys)
+        return [(np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)) for fold in range(num_folds)]
+
+    def _best_num_trees(self, dataset: lgb.Dataset, splits: list[tuple[NDArray[np.intp], NDArray[np.intp]]]) -> int:
+        """Return the number of trees whose held-out scores correlate best with the labels, averaged over the folds."""
+        curve = lgb.cv(self._parameters(), dataset, num_boost_round=self.num_trees, folds=splits, feval=_correlation,
+                       callbacks=[lgb.early_stopping(STALL_ROUNDS, verbose=False)])["valid correlation-mean"]
+        return int(np.argmax(curve)) + 1
+
+    def _parameters(self) -> dict[str, Any]:
+        return {
+            "objective": "regression", "metric": "none", "learning_rate": self.learning_rate, "num_leaves": self.num_leaves,
+            "min_data_in_leaf": self.min_leaf_size, "feature_fraction": self.feature_fraction, "lambda_l2": self.l2,
+            "bagging_fraction": self.bagging, "bagging_freq": int(self.bagging < 1), "max_bin": MAX_BIN,
+            "min_data_in_bin": 1, "feature_pre_filter": False, "num_threads": self.num_threads, "seed": self.seed,
+            "deterministic": True, "force_row_wise": True, "verbosity": -1,
+        }
+
+
+def _booster_path(folder: Path, column: int) -> Path:
+    return folder / f"target-{column:04d}.txt"
+
+
+def _correlation(scores: NDArray[np.float64], dataset: lgb.Dataset) -> tuple[str, float, bool]:
+    """Return Pearson's correlation in the form that LightGBM asks for; 0 where scores or labels are constant."""
+    labels = np.asarray(dataset.get_label(), dtype=np.float64)
+    scores, labels = scores - scores.mean(), labels - labels.mean()
+    norm = np.sqrt((scores @ scores) * (labels @ labels))
+    return "correlation", float(scores @ labels / norm) if norm > 0 else 0.0, True

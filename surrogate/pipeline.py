@@ -1,0 +1,311 @@
+"""The run folder: pool, labels, features, predictors, scores and selection, one stage after another.
+
+Every stage writes its result atomically beside what it was made from, can be run again at any time, and does
+nothing if its result is there already; killed in the middle it continues. What each stage cost is kept in
+`cost.json`.
+
+    run.json  pool.parquet  labels/  features/  predictors/<surrogate>/  scores/<surrogate>.parquet  selection/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from oracle import plugins
+from oracle.artifacts import atomic_path, fingerprint, read_json, require_same, timed, write_json
+from oracle.errors import InputError, MissingFileError, check_at_least
+from oracle.labels import Labels
+from oracle.texts import list_text_ids, read_report, read_texts, text_format
+from surrogate.predictor import ENCODERS, InfluencePredictor
+from surrogate.scores import Scores
+from surrogate.selection import Budget, Selection, select
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from oracle.language_model import LanguageModel
+
+DEFAULT_ENCODERS = ("hashed_ngrams", "text_stats")
+
+
+class Run:
+    """A run folder and its stages.
+
+    Args:
+        folder: Where everything is kept; made when first written to.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._pool: Dataset | None = None
+
+    # ------------------------------------------------------------------ pool and settings
+
+    def set_pool(self, source: Any, **reading: Any) -> dict[str, Any]:
+        """Read the pool once and keep it; a pool given again must have the same texts.
+
+        Args:
+            source: Anything `oracle.read_texts` takes.
+            **reading: Its options.
+
+        Raises:
+            MismatchError: The run already has another pool.
+        """
+        texts = read_texts(source, **reading)
+        report = read_report(texts)
+        identity = {"texts": fingerprint(sorted(list_text_ids(texts))), "num_texts": len(texts)}
+        settings = self.settings()
+        if "pool" in settings:
+            require_same(settings["pool"], identity, where=self.folder)
+        else:
+            with atomic_path(self.folder / "pool.parquet") as partial:
+                texts.to_parquet(str(partial))
+            self._remember(pool=identity, rejected=report.rejected)
+        return {"num_texts": len(texts), "num_read": report.num_read, "rejected": report.rejected}
+
+    def pool(self) -> Dataset:
+        """Return the pool.
+
+        Raises:
+            MissingFileError: No stage was given a pool yet.
+        """
+        if self._pool is None:
+            if "pool" not in self.settings():
+                raise MissingFileError(f"the run {self.folder} has no pool yet.", "a run folder whose first stage was given --pool",
+                                       "name the pool: --pool texts.jsonl.")
+            self._pool = read_texts(str(self.folder / "pool.parquet"))
+        return self._pool
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the run remembers: pool, model, targets."""
+        path = self.folder / "run.json"
+        return read_json(path) if path.exists() else {}
+
+    def sample(self, size: int, *, seed: int = 0) -> Dataset:
+        """Return `size` texts of the pool, chosen by content and seed; a larger sample contains a smaller one.
+
+        Raises:
+            InputError: The pool is smaller.
+        """
+        pool = self.pool()
+        check_at_least("sample_size", size, 1)
+        if size > len(pool):
+            raise InputError(f"sample_size={size}, and the pool has {len(pool)} texts.", f"at most {len(pool)}", "label fewer texts.")
+        ids = list_text_ids(pool)
+        order = sorted(range(len(pool)), key=lambda row: fingerprint([seed, ids[row]]))
+        return pool.select(order[:size])
+
+    # ------------------------------------------------------------------ stages
+
+    def label(self, lm: LanguageModel, targets: Mapping[str, Any], *, sample_size: int, method: str = "grad_dot", seed: int = 0,
+              model_path: str | None = None, target_paths: Mapping[str, str] | None = None, name: str = "labels",
+              **options: Any) -> Labels:
+        """Measure the influence of a sample; see `oracle.label` for the options.
+
+        Args:
+            lm: The model at the checkpoint in question.
+            targets: The named target sets.
+            sample_size: How many texts get a label.
+            method: The oracle method.
+            seed: Decides the sample.
+            model_path: Remembered for later stages (`model_state` features, token counts).
+            target_paths: Remembered for later stages.
+            name: Folder of the labels inside the run.
+            **options: Passed to `oracle.label`.
+        """
+        from oracle.measure import label
+
+        sample = self.sample(sample_size, seed=seed)
+        labels = label(lm, sample, targets, method=method, workdir=self.folder / name, seed=seed, **options)
+        cost = labels.meta["cost"]
+        self._set_cost(name, seconds=cost["prepare_seconds"] + cost["label_seconds"], flops=cost["label_flops"] + cost["prepare_flops"],
+                       num_texts=len(labels))
+        if name == "labels" and (model_path or target_paths):
+            self._remember(model=model_path, targets=dict(target_paths or {}))
+        return labels
+
+    def labels(self, name: str = "labels") -> Labels:
+        """Return the labels of the run."""
+        return Labels.load(self.folder / name)
+
+    def encoders(self, names: Sequence[str | Any], *, lm: LanguageModel | None = None) -> list[Any]:
+        """Make encoders from `name` or `name:option=value,...`; `model_state` gets the run's model and targets."""
+        made: list[Any] = []
+        for given in names:
+            if not isinstance(given, str):
+                made.append(given)
+                continue
+            name, options = parse_plugin(given)
+            if name == "model_state":
+                settings = self.settings()
+                options = {"model": lm or settings.get("model"), "targets": settings.get("targets"), **options}
+            made.append(plugins.create(ENCODERS, name, options))
+        return made
+
+    def embed(self, encoders: Sequence[str | Any] = DEFAULT_ENCODERS, *, lm: LanguageModel | None = None) -> dict[str, Any]:
+        """Encode the whole pool into the run's feature cache."""
+        predictor = InfluencePredictor(self.encoders(encoders, lm=lm), "ridge", cache=self.folder / "features")
+        features = predictor.features(self.pool())
+        cost = predictor.cost_
+        self.add_cost("features", seconds=cost["feature_seconds"], flops=cost["feature_flops"], num_texts=len(features))
+        return {"num_texts": len(features), "num_features": features.shape[1], "seconds": round(cost["feature_seconds"], 2)}
+
+    def fit(self, encoders: Sequence[str | Any] = DEFAULT_ENCODERS, surrogate: str | Any = "trees", *, lm: LanguageModel | None = None,
+            num_folds: int = 5, seed: int = 0) -> InfluencePredictor:
+        """Fit a surrogate on the run's labels and measure its held-out fidelity; a finished fit is loaded."""
+        labels = self.labels()
+        predictor = InfluencePredictor(self.encoders(encoders, lm=lm), _surrogate(surrogate), cache=self.folder / "features",
+                                       num_folds=num_folds, seed=seed)
+        folder = self.folder / "predictors" / predictor.surrogate_name
+        identity = {"labels": fingerprint([labels.text_ids, labels.values.tobytes().hex()]), "encoders": [e.key() for e in predictor.encoders],
+                    "options": predictor.surrogate_options, "num_folds": num_folds, "seed": seed}
+        if (folder / "stage.json").exists() and read_json(folder / "stage.json") == _as_json(identity):
+            return InfluencePredictor.load(folder, lm=lm, cache=self.folder / "features")
+        labelled = set(labels.text_ids)
+        pool = self.pool()
+        rows = [row for row, text_id in enumerate(list_text_ids(pool)) if text_id in labelled]
+        predictor.fit(pool.select(rows), labels)
+        predictor.save(folder)
+        write_json(folder / "stage.json", identity)
+        cost = predictor.cost_
+        self.add_cost("features", seconds=cost["feature_seconds"], flops=cost["feature_flops"])
+        self.add_cost(f"fit {predictor.surrogate_name}", seconds=cost["fit_seconds"] + cost["crossfit_seconds"], flops=0.0, num_texts=len(labels))
+        return predictor
+
+    def predictor(self, surrogate: str | None = None, *, lm: LanguageModel | None = None) -> InfluencePredictor:
+        """Load a fitted predictor; without a name the one with the highest mean held-out Spearman.
+
+        Raises:
+            MissingFileError: None was fitted, or not this one.
+        """
+        folders = sorted(path.parent for path in (self.folder / "predictors").glob("*/stage.json"))
+        if surrogate is not None:
+            folders = [folder for folder in folders if folder.name == surrogate]
+        if not folders:
+            raise MissingFileError(f"the run {self.folder} has no fitted predictor" + (f" {surrogate!r}." if surrogate else "."),
+                                   "a run whose fit stage is done", "run `surrogate fit` on this folder first.")
+        loaded = [InfluencePredictor.load(folder, lm=lm, cache=self.folder / "features") for folder in folders]
+        return max(loaded, key=lambda predictor: float(np.mean([row.spearman for row in predictor.fidelity_.surrogate])))
+
+    def score(self, surrogate: str | None = None, *, lm: LanguageModel | None = None) -> Scores:
+        """Score the whole pool; finished scores of the same predictor are read."""
+        predictor = self.predictor(surrogate, lm=lm)
+        path = self.folder / "scores" / f"{predictor.surrogate_name}.parquet"
+        stage = self.folder / "predictors" / predictor.surrogate_name / "stage.json"
+        identity = {"predictor": fingerprint(read_json(stage)), "pool": self.settings()["pool"]}
+        meta = path.with_suffix(".json")
+        if path.exists() and meta.exists() and read_json(meta) == _as_json(identity):
+            return Scores.load(path)
+        spent: dict[str, float] = {}
+        before = dict(predictor.cost_)
+        with timed(lambda seconds: spent.__setitem__("seconds", seconds)):
+            plain = predictor.predict(self.pool())
+        scores = Scores(np.asarray(plain), text_ids=plain.text_ids, target_names=plain.target_names, num_tokens=self._num_tokens(lm))
+        meta.unlink(missing_ok=True)
+        scores.save(path)
+        write_json(meta, identity)
+        features = {key: predictor.cost_[key] - before[key] for key in ("feature_seconds", "feature_flops")}
+        self.add_cost("features", seconds=features["feature_seconds"], flops=features["feature_flops"], num_texts=len(scores))
+        self.add_cost("score", seconds=spent["seconds"] - features["feature_seconds"], flops=0.0, num_texts=len(scores))
+        return scores
+
+    def select(self, budget: Budget, *, rule: str = "top", surrogate: str | None = None, lm: LanguageModel | None = None, seed: int = 0,
+               allow_low_fidelity: bool = False, **options: Any) -> Selection:
+        """Spend a budget on the scored pool and write the selection (with its texts) to `selection/`."""
+        predictor = self.predictor(surrogate, lm=lm)
+        scores = self.score(predictor.surrogate_name, lm=lm)
+        selection = select(scores, budget=budget, rule=rule, labels=self.labels(), fidelity=predictor.fidelity_, seed=seed,
+                           allow_low_fidelity=allow_low_fidelity, **options)
+        selection.save(self.folder / "selection")
+        with atomic_path(self.folder / "selection" / "texts.parquet") as partial:
+            self.texts(selection.text_ids).to_parquet(str(partial))
+        return selection
+
+    def texts(self, text_ids: Sequence[str]) -> Dataset:
+        """Return texts of the pool by id, in this order."""
+        rows = {text_id: row for row, text_id in enumerate(list_text_ids(self.pool()))}
+        return self.pool().select([rows[text_id] for text_id in text_ids])
+
+    # ------------------------------------------------------------------ cost
+
+    def add_cost(self, stage: str, *, seconds: float, flops: float, num_texts: int | None = None) -> None:
+        """Add to a stage's seconds and counted FLOPs; a stage that found its result finished adds nothing."""
+        costs = self.costs()
+        entry = costs.setdefault(stage, {"seconds": 0.0, "flops": 0.0})
+        entry["seconds"] = round(entry["seconds"] + seconds, 3)
+        entry["flops"] += flops
+        if num_texts is not None:
+            entry["num_texts"] = num_texts
+        write_json(self.folder / "cost.json", costs)
+
+    def _set_cost(self, stage: str, *, seconds: float, flops: float, num_texts: int) -> None:
+        """Write what a stage that does its own accounting has spent over all its processes."""
+        write_json(self.folder / "cost.json", {**self.costs(), stage: {"seconds": round(seconds, 3), "flops": flops, "num_texts": num_texts}})
+
+    def costs(self) -> dict[str, dict[str, float]]:
+        """Return seconds and FLOPs by stage."""
+        path = self.folder / "cost.json"
+        return read_json(path) if path.exists() else {}
+
+    def _remember(self, **entries: Any) -> None:
+        write_json(self.folder / "run.json", {**self.settings(), **entries})
+
+    def _num_tokens(self, lm: LanguageModel | None) -> list[int] | None:
+        """Count tokens where there is something to count them with."""
+        pool = self.pool()
+        if text_format(pool) == "tokens":
+            return [len(ids) for ids in pool["input_ids"]]
+        model = self.settings().get("model")
+        if lm is None and model is None:
+            return None
+        from oracle.language_model import LanguageModel
+
+        lm = lm or LanguageModel.from_pretrained(model)
+        return [len(text.input_ids) for text in lm.encode(pool)]
+
+
+def parse_plugin(given: str) -> tuple[str, dict[str, Any]]:
+    """Split `name:option=value,option=value` into a name and options; values are read as JSON where they are JSON.
+
+    Raises:
+        InputError: A part has no `=`.
+    """
+    name, _, rest = given.partition(":")
+    return name, parse_options(rest.split(",") if rest else [])
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """Read `option=value` pairs.
+
+    Raises:
+        InputError: A pair has no `=`.
+    """
+    import json
+
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise InputError(f"the option {pair!r} cannot be read.", "option=value", "write for example max_grad_norm=1.0.")
+        try:
+            options[key.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            options[key.strip()] = value
+    return options
+
+
+def _surrogate(given: str | Any) -> Any:
+    if not isinstance(given, str):
+        return given
+    name, options = parse_plugin(given)
+    return plugins.create("surrogate.models", name, options)
+
+
+def _as_json(value: Any) -> Any:
+    import json
+
+    return json.loads(json.dumps(value, default=str))

@@ -1,0 +1,1 @@
+"""Selection rules, one file each: scores in, an order of the pool out."""

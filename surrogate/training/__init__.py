@@ -1,0 +1,1 @@
+"""Training on a selection: small models made on the spot and a plain, resumable PyTorch loop."""

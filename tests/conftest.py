@@ -1,0 +1,89 @@
+"""Small language models and texts, made on the spot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+VOCABULARY = 211
+
+
+def build_module(kind: str, **options: Any) -> torch.nn.Module:
+    """A tiny model of an architecture, random but with non-trivial norms and biases, in eval mode."""
+    import transformers as tf
+
+    common = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "use_cache": False, **options}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    configs = {
+        "neox": lambda: tf.GPTNeoXConfig(**sizes, intermediate_size=64, **common),
+        "gpt2": lambda: tf.GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0,
+                                      embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, **options),
+        "llama": lambda: tf.LlamaConfig(**sizes, num_key_value_heads=2, intermediate_size=64, **common),
+        "qwen3": lambda: tf.Qwen3Config(**sizes, num_key_value_heads=2, head_dim=8, intermediate_size=64, **common),
+        "mixtral": lambda: tf.MixtralConfig(**sizes, num_key_value_heads=2, intermediate_size=32, num_local_experts=4,
+                                            num_experts_per_tok=2, **common),
+    }
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = tf.AutoModelForCausalLM.from_config(configs[kind]())
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return module.eval()
+
+
+def token_texts(num_texts: int, *, seed: int, longest: int = 40) -> list[dict[str, Any]]:
+    """Texts as token ids of many lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, longest + 1, (num_texts,), generator=generator).tolist()
+    return [{"input_ids": torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()} for length in lengths]
+
+
+def build_tokenizer(texts: list[str]) -> Any:
+    """A byte-level tokenizer trained on a few texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY + 89, special_tokens=["<eos>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+@pytest.fixture(scope="session")
+def make_module() -> Any:
+    return build_module
+
+
+@pytest.fixture(scope="session")
+def make_token_texts() -> Any:
+    return token_texts
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Any:
+    return build_tokenizer
+
+
+def train_adamw(module: torch.nn.Module, rows: list[dict[str, Any]], *, num_steps: int = 3, lr: float = 1e-3,
+                texts_per_step: int = 1) -> torch.optim.AdamW:
+    """Take a few AdamW steps, so that the optimiser has a real state."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.1)
+    for step in range(num_steps):
+        for number in range(texts_per_step):
+            ids = torch.tensor([rows[(step * texts_per_step + number) % len(rows)]["input_ids"]])
+            (module(input_ids=ids, labels=ids).loss / texts_per_step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+@pytest.fixture(scope="session")
+def make_adamw() -> Any:
+    return train_adamw

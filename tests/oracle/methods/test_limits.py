@@ -1,0 +1,155 @@
+"""Each method against its definition: plain loops, limits and signs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import oracle
+from oracle.errors import InputError
+
+
+def _lm(make_module, kind="llama", optimizer=None, **options):
+    return oracle.LanguageModel(make_module(kind, **options), optimizer=optimizer, max_tokens=64)
+
+
+@pytest.fixture
+def targets(make_token_texts):
+    return {"first": make_token_texts(5, seed=11), "second": make_token_texts(4, seed=12), "single": make_token_texts(1, seed=13)}
+
+
+def _target_loss(lm, rows):
+    total, count = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        total += lm.module(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    return total / count
+
+
+def test_grad_dot_equals_the_product_of_two_ordinary_gradients(make_module, make_token_texts, targets):
+    lm, sample = _lm(make_module), make_token_texts(9, seed=2)
+    labels = oracle.label(lm, sample, targets, method="grad_dot")
+    parameters = list(lm.module.parameters())
+    for column, rows in enumerate(targets.values()):
+        goal = torch.autograd.grad(_target_loss(lm, rows), parameters)
+        expected = []
+        for row in sample:
+            ids = torch.tensor([row["input_ids"]])
+            own = torch.autograd.grad(lm.module(input_ids=ids, labels=ids).loss, parameters)
+            expected.append(sum((a.double() * b.double()).sum() for a, b in zip(own, goal, strict=True)))
+        expected = np.array(expected)
+        assert np.abs(labels.values[:, column] - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "neox", "llama"])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_sgd_one_step_over_its_learning_rate_tends_to_grad_dot(kind, max_grad_norm, make_module, make_token_texts, targets):
+    errors = []
+    for rate in (1e-2, 1e-3):
+        module = make_module(kind).double()
+        lm = oracle.LanguageModel(module, optimizer=torch.optim.SGD(module.parameters(), lr=rate), max_tokens=64)
+        sample = make_token_texts(6, seed=2)
+        step = oracle.label(lm, sample, targets, method="one_step", max_grad_norm=max_grad_norm)
+        slope = oracle.label(lm, sample, targets, method="grad_dot", max_grad_norm=max_grad_norm)
+        errors.append(np.abs(step.values - slope.values).max() / np.abs(slope.values).max())
+    assert errors[1] < 0.02
+    assert errors[1] < errors[0] / 4  # the gap shrinks with the step
+
+
+def test_adam_grad_dot_agrees_with_one_small_adam_step(make_module, make_token_texts, make_adamw):
+    sample, targets = make_token_texts(40, seed=2), {"t": make_token_texts(12, seed=5)}
+    module = make_module("llama")
+    optimizer = make_adamw(module, make_token_texts(200, seed=4), num_steps=40, lr=1e-5, texts_per_step=5)
+    lm = oracle.LanguageModel(module, optimizer=optimizer, max_tokens=64)
+    step = oracle.label(lm, sample, targets, method="one_step")
+    preconditioned = oracle.label(lm, sample, targets, method="grad_dot")
+    assert preconditioned.meta["facts"]["preconditioner_used"] == "adam"
+    plain = oracle.label(lm, sample, targets, method="grad_dot", preconditioner="none")
+    close = oracle.agreement(step, preconditioned)["t"].spearman
+    assert close > 0.8
+    assert close > oracle.agreement(step, plain)["t"].spearman
+
+
+def test_positive_means_that_training_on_the_text_lowers_the_loss(make_module, make_token_texts):
+    rows = make_token_texts(3, seed=7)
+    module = make_module("neox")
+    lm = oracle.LanguageModel(module, optimizer=torch.optim.SGD(module.parameters(), lr=0.05), max_tokens=64)
+    for method in ("one_step", "grad_dot"):
+        labels = oracle.label(lm, rows, {"itself": rows}, method=method)
+        assert (labels.values > 0).all(), method
+    step = oracle.label(lm, rows, {"itself": rows}, method="one_step")
+    before = np.array(step.meta["facts"]["before"])
+    np.testing.assert_allclose(step.values[:, 0], before - step.columns["after.itself"], atol=1e-6)
+
+
+def test_one_step_does_what_a_real_training_step_does(make_module, make_token_texts, make_adamw):
+    rows, targets = make_token_texts(3, seed=7), {"t": make_token_texts(6, seed=8)}
+    module = make_module("llama")
+    lm = oracle.LanguageModel(module, optimizer=make_adamw(module, make_token_texts(4, seed=0)), max_tokens=64)
+    labels = oracle.label(lm, rows, targets, method="one_step", max_grad_norm=1.0)
+    for row, value in zip(rows, labels.values[:, 0], strict=True):
+        with lm.preserved():
+            before = float(_target_loss(lm, targets["t"]).detach())
+            ids = torch.tensor([row["input_ids"]])
+            lm.optimizer.zero_grad()
+            module(input_ids=ids, labels=ids).loss.backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            lm.optimizer.step()
+            assert value == pytest.approx(before - float(_target_loss(lm, targets["t"]).detach()), abs=2e-6)
+
+
+def test_the_shared_part_is_the_effect_of_a_step_without_gradient(make_module, make_token_texts, make_adamw):
+    rows, targets = make_token_texts(3, seed=7), {"t": make_token_texts(6, seed=8)}
+    module = make_module("llama")
+    lm = oracle.LanguageModel(module, optimizer=make_adamw(module, make_token_texts(4, seed=0)), max_tokens=64)
+    whole = oracle.label(lm, rows, targets, method="one_step")
+    own = oracle.label(lm, rows, targets, method="one_step", subtract_shared=True)
+    shared = whole.meta["facts"]["shared_part"][0]
+    assert abs(shared) > 1e-5
+    np.testing.assert_allclose(whole.values - own.values, shared, atol=1e-7)
+    np.testing.assert_allclose(np.nanmean(whole.halves - own.halves), shared, rtol=0.5)
+
+
+def test_cosine_is_the_angle_and_ignores_length_of_the_gradient(make_module, make_token_texts, targets):
+    lm, sample = _lm(make_module), make_token_texts(6, seed=2)
+    cosine = oracle.label(lm, sample, targets, method="grad_dot", similarity="cosine")
+    assert np.abs(cosine.values).max() <= 1
+    same = oracle.label(lm, targets["single"], targets, method="grad_dot", similarity="cosine")
+    assert same.target("single")[0] == pytest.approx(1.0, abs=1e-5)
+    assert cosine.units == "cosine"
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_a_mixture_of_experts_goes_the_plain_way_and_says_so(similarity, make_module, make_token_texts, targets):
+    lm, sample = _lm(make_module, "mixtral"), make_token_texts(4, seed=2)
+    labels = oracle.label(lm, sample, targets, method="grad_dot", similarity=similarity)
+    assert labels.meta["facts"]["route"].startswith("per_text")
+    slow = oracle.label(lm, sample, targets, method="grad_dot", similarity=similarity, per_text=True)
+    np.testing.assert_array_equal(labels.values, slow.values)
+
+
+def test_halves_average_to_the_whole_by_tokens(make_module, make_token_texts):
+    lm, rows = _lm(make_module), make_token_texts(6, seed=3)
+    labels = oracle.label(lm, make_token_texts(5, seed=2), {"t": rows}, method="grad_dot")
+    low, high = labels.halves.min(0)[:, 0], labels.halves.max(0)[:, 0]
+    assert ((low <= labels.values[:, 0] + 1e-7) & (labels.values[:, 0] <= high + 1e-7)).all()
+    assert np.abs(labels.halves[0] - labels.halves[1]).max() > 0
+    single = oracle.label(lm, make_token_texts(5, seed=2), {"t": rows[:1]}, method="grad_dot")
+    assert np.isnan(single.halves).all()
+    assert oracle.noise_ceiling(single) == {"t": None}
+
+
+def test_methods_say_what_they_lack(make_module, make_token_texts, targets):
+    lm = _lm(make_module)
+    with pytest.raises(InputError, match="optimiser"):
+        oracle.label(lm, make_token_texts(2, seed=1), targets, method="one_step")
+    with pytest.raises(InputError, match="no Adam state"):
+        oracle.label(lm, make_token_texts(2, seed=1), targets, method="grad_dot", preconditioner="adam")
+    with pytest.raises(InputError, match="did you mean 'grad_dot'"):
+        oracle.label(lm, make_token_texts(2, seed=1), targets, method="graddot")
+    with pytest.raises(InputError, match="did you mean 'similarity'"):
+        oracle.label(lm, make_token_texts(2, seed=1), targets, method="grad_dot", similarty="dot")
+    with pytest.raises(InputError, match="no effect"):
+        oracle.label(lm, make_token_texts(2, seed=1), targets, method="grad_dot", similarity="cosine", max_grad_norm=1.0)

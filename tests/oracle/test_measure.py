@@ -1,0 +1,241 @@
+"""`label` resumes, refuses what does not fit, and leaves the model as it was. Contract tests over every method."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import oracle
+from oracle import plugins
+from oracle.errors import InputError, MismatchError, NotFiniteError
+from oracle.measure import UnlabelableTextWarning
+
+METHODS = plugins.names("oracle.methods")
+
+
+@pytest.fixture
+def lm(make_module, make_token_texts, make_adamw):
+    module = make_module("neox")
+    return oracle.LanguageModel(module, optimizer=make_adamw(module, make_token_texts(4, seed=0)), max_tokens=64)
+
+
+@pytest.fixture
+def targets(make_token_texts):
+    return {"a": make_token_texts(4, seed=21), "b": make_token_texts(3, seed=22)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_finite_float32_labels_and_same_seed_same_bytes(method, lm, targets, make_token_texts):
+    sample = make_token_texts(7, seed=1)
+    first, second = (oracle.label(lm, sample, targets, method=method) for _ in range(2))
+    assert first.values.shape == (7, 2) and first.values.dtype == np.float32
+    assert first.values.tobytes() == second.values.tobytes()
+    assert first.halves.shape == (2, 7, 2)
+    assert first.units
+    assert first.meta["cost"]["label_flops"] > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_invariant_to_batch_size_and_row_order(method, lm, targets, make_token_texts):
+    sample = make_token_texts(9, seed=1)
+    whole = oracle.label(lm, sample, targets, method=method)
+    other = oracle.label(lm, sample[::-1], targets, method=method, block_size=2).take(whole.text_ids)
+    np.testing.assert_allclose(other.values, whole.values, rtol=2e-3, atol=2e-3 * np.abs(whole.values).max())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_leaves_the_model_bit_identical_also_when_it_raises(method, lm, targets, make_token_texts, monkeypatch):
+    lm.module.train()
+    before = lm.fingerprint(optimizer=True)
+    random_state = torch.get_rng_state()
+    oracle.label(lm, make_token_texts(3, seed=1), targets, method=method)
+    original = lm.text_losses
+    calls = []
+
+    def fails_later(batch):
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("out of memory")
+        return original(batch)
+
+    monkeypatch.setattr(lm, "text_losses", fails_later)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        oracle.label(lm, make_token_texts(8, seed=2), targets, method=method, block_size=1)
+    assert lm.fingerprint(optimizer=True) == before
+    assert lm.module.training
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert all(p.requires_grad and p.grad is None for p in lm.module.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_resumes_after_an_error_with_identical_labels(method, lm, targets, make_token_texts, monkeypatch, tmp_path):
+    sample = make_token_texts(9, seed=1)
+    whole = oracle.label(lm, sample, targets, method=method, block_size=2, workdir=tmp_path / "whole")
+    plugin = plugins.load("oracle.methods", method)
+    original, measured = plugin.measure, []
+
+    def dies_in_the_third_block(self, encoded):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.extend([1])
+        return original(self, encoded)
+
+    monkeypatch.setattr(plugin, "measure", dies_in_the_third_block)
+    with pytest.raises(KeyboardInterrupt):
+        oracle.label(lm, sample, targets, method=method, block_size=2, workdir=tmp_path / "broken")
+    monkeypatch.setattr(plugin, "measure", original)
+    resumed = oracle.label(lm, sample, targets, method=method, block_size=2, workdir=tmp_path / "broken")
+    assert resumed.meta["cost"]["num_measured_now"] == 5
+    assert (tmp_path / "broken/labels.parquet").read_bytes() == (tmp_path / "whole/labels.parquet").read_bytes()
+    assert resumed.values.tobytes() == whole.values.tobytes()
+
+
+def test_finished_labels_are_read_and_not_measured_again(lm, targets, make_token_texts, tmp_path, monkeypatch):
+    sample = make_token_texts(4, seed=1)
+    first = oracle.label(lm, sample, targets, method="grad_dot", workdir=tmp_path)
+    monkeypatch.setattr(plugins.load("oracle.methods", "grad_dot"), "prepare", None)
+    again = oracle.label(lm, sample, targets, method="grad_dot", workdir=tmp_path)
+    assert again.values.tobytes() == first.values.tobytes()
+    loaded = oracle.Labels.load(tmp_path)
+    assert loaded.text_ids == first.text_ids and loaded.units == first.units
+    np.testing.assert_array_equal(loaded.halves, first.halves)
+    np.testing.assert_array_equal(loaded.columns["text_loss"], first.columns["text_loss"])
+
+
+def test_a_larger_sample_measures_only_the_new_texts(lm, targets, make_token_texts, tmp_path):
+    sample = make_token_texts(8, seed=1)
+    oracle.label(lm, sample[:5], targets, method="grad_dot", workdir=tmp_path)
+    grown = oracle.label(lm, sample, targets, method="grad_dot", workdir=tmp_path)
+    assert len(grown) == 8 and grown.meta["cost"]["num_measured_now"] == 3
+
+
+def test_labels_of_another_checkpoint_target_or_option_are_refused_with_the_difference(lm, targets, make_token_texts, tmp_path):
+    sample = make_token_texts(4, seed=1)
+    oracle.label(lm, sample, targets, method="grad_dot", workdir=tmp_path)
+    stored = (tmp_path / "labels.parquet").read_bytes()
+    with pytest.raises(MismatchError, match=r"options.*cosine"):
+        oracle.label(lm, sample, targets, method="grad_dot", similarity="cosine", workdir=tmp_path)
+    with pytest.raises(MismatchError, match="targets"):
+        oracle.label(lm, sample, {"a": make_token_texts(4, seed=5)}, method="grad_dot", workdir=tmp_path)
+    with torch.no_grad():
+        next(lm.module.parameters()).add_(1e-3)
+    with pytest.raises(MismatchError, match="checkpoint"):
+        oracle.label(lm, sample, targets, method="grad_dot", workdir=tmp_path)
+    assert (tmp_path / "labels.parquet").read_bytes() == stored
+
+
+def test_a_nan_loss_names_the_text_and_keeps_finished_blocks(lm, targets, make_token_texts, tmp_path, monkeypatch):
+    sample = make_token_texts(6, seed=1)
+    ids = [text.text_id for text in lm.encode(sample)]
+    plugin = plugins.load("oracle.methods", "grad_dot")
+    original = plugin.measure
+
+    def one_is_nan(self, encoded):
+        measured = original(self, encoded)
+        for row, text in enumerate(encoded):
+            if text.text_id == ids[5]:
+                measured.values[row] = np.nan
+        return measured
+
+    monkeypatch.setattr(plugin, "measure", one_is_nan)
+    with pytest.raises(NotFiniteError, match=ids[5]):
+        oracle.label(lm, sample, targets, method="grad_dot", workdir=tmp_path, block_size=2)
+    assert len(list((tmp_path / "blocks").glob("*.parquet"))) == 2
+
+
+def test_a_diverged_checkpoint_is_refused(lm, targets, make_token_texts):
+    with torch.no_grad():
+        next(lm.module.parameters()).fill_(float("nan"))
+    for method in METHODS:
+        with pytest.raises(NotFiniteError, match="NaN"):
+            oracle.label(lm, make_token_texts(2, seed=1), targets, method=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_text_without_a_target_token_has_no_influence_of_its_own_and_is_counted(method, lm, targets):
+    sample = [{"input_ids": [5]}, {"input_ids": [5, 6, 7]}]
+    with pytest.warns(UnlabelableTextWarning, match="1 of 2 texts have no target token"):
+        labels = oracle.label(lm, sample, targets, method=method)
+    shared = labels.meta["facts"].get("shared_part", [0.0, 0.0])
+    np.testing.assert_allclose(labels.values[0], shared, atol=1e-7)
+    assert labels.meta["num_without_target_token"] == 1
+
+
+def test_truncation_is_counted_or_refused(make_module, make_token_texts, targets):
+    module = make_module("llama")
+    sample = [{"input_ids": list(range(3, 43))}, {"input_ids": [5, 6, 7]}]
+    short = oracle.LanguageModel(module, max_tokens=45)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnlabelableTextWarning)
+        oracle.label(short, sample, targets, method="grad_dot")
+    short.max_tokens = 16
+    with pytest.warns(UnlabelableTextWarning, match="1 of 2 texts were cut"):
+        assert oracle.label(short, sample, targets, method="grad_dot").meta["num_truncated"] == 1
+    strict = oracle.LanguageModel(module, max_tokens=16, too_long="refuse")
+    with pytest.raises(InputError, match="longer than 16 tokens"):
+        oracle.label(strict, sample, {"a": [{"input_ids": [1, 2, 3]}]}, method="grad_dot")
+
+
+def test_a_target_set_without_target_tokens_is_refused_by_name(lm, make_token_texts):
+    with pytest.raises(InputError, match=r"'empty'.*no(ne|t)"):
+        oracle.label(lm, make_token_texts(2, seed=1), {"empty": [{"input_ids": [4]}]}, method="grad_dot")
+
+
+def test_target_subsampling_follows_the_seed_and_not_the_row_order(lm, make_token_texts):
+    rows, sample = make_token_texts(12, seed=9), make_token_texts(5, seed=1)
+    settings = {"method": "grad_dot", "max_target_texts": 4}
+    first = oracle.label(lm, sample, {"t": rows}, seed=1, **settings)
+    np.testing.assert_allclose(oracle.label(lm, sample, {"t": rows[::-1]}, seed=1, **settings).values, first.values, rtol=1e-3, atol=1e-6)
+    assert not np.allclose(oracle.label(lm, sample, {"t": rows}, seed=2, **settings).values, first.values, rtol=1e-2)
+    assert first.meta["num_target_texts"] == {"t": 4}
+
+
+SCRIPT = textwrap.dedent("""
+    import sys, time, torch, transformers, oracle
+    from oracle import plugins
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                                      max_position_embeddings=64)
+    module = transformers.LlamaForCausalLM(config)
+    lm = oracle.LanguageModel(module, optimizer=torch.optim.AdamW(module.parameters(), lr=1e-3), max_tokens=64)
+    rows = [{"input_ids": torch.randint(3, 99, (20,), generator=torch.Generator().manual_seed(i)).tolist()} for i in range(24)]
+    if len(sys.argv) > 3:
+        plugin = plugins.load("oracle.methods", sys.argv[2])
+        original = plugin.measure
+        def slowly(self, encoded):
+            time.sleep(0.3)
+            return original(self, encoded)
+        plugin.measure = slowly
+    oracle.label(lm, rows[:16], {"t": rows[16:]}, method=sys.argv[2], workdir=sys.argv[1], block_size=2)
+""")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_with_sigkill_and_run_again_gives_the_same_bytes(method, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    run = [sys.executable, str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*run, str(tmp_path / "whole"), method], check=True, env=environment)
+    process = subprocess.Popen([*run, str(tmp_path / "killed"), method, "slowly"], env=environment)
+    blocks = tmp_path / "killed" / "blocks"
+    deadline = time.monotonic() + 120
+    while len(list(blocks.glob("*.parquet")) if blocks.exists() else []) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "labels.parquet").exists()
+    assert 3 <= len(list(blocks.glob("*.parquet"))) < 8
+    subprocess.run([*run, str(tmp_path / "killed"), method], check=True, env=environment)
+    assert (tmp_path / "killed/labels.parquet").read_bytes() == (tmp_path / "whole/labels.parquet").read_bytes()
+    assert oracle.Labels.load(tmp_path / "killed").meta["cost"]["num_measured_now"] < 16
