@@ -140,7 +140,8 @@ class LanguageModel:
         """Return every predicted token's loss and the mask of those that count, both (B, L-1); float32, nats."""
         logits = self.module(input_ids=batch.input_ids, use_cache=False).logits[:, :-1]  # (B, L-1, V)
         labels = batch.labels[:, 1:]  # (B, L-1)
-        flat = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1),
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        flat = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1),
                                         ignore_index=IGNORED, reduction="none")
         return flat.view(labels.shape), labels != IGNORED
 
