@@ -143,7 +143,11 @@ class GradDot:
 
 
 def adam_moments(lm: LanguageModel) -> dict[str, tuple[Tensor, float]] | None:
-    """Return sqrt(v_hat) and eps of every trainable parameter, or None if the optimiser has no Adam state."""
+    """Return eps and the root of the bias-corrected second moments that the next step divides by, this text's own square left out.
+
+    Returns:
+        Parameter name -> (root, eps) for every trainable parameter; None if the optimiser has no Adam state.
+    """
     if lm.optimizer is None:
         return None
     found: dict[str, tuple[Tensor, float]] = {}
@@ -152,8 +156,9 @@ def adam_moments(lm: LanguageModel) -> dict[str, tuple[Tensor, float]] | None:
         for parameter in group["params"]:
             slots = lm.optimizer.state.get(parameter, {})
             if parameter in names and "exp_avg_sq" in slots:
-                correction = 1.0 - group["betas"][1] ** float(slots["step"])
-                found[names[parameter]] = ((slots["exp_avg_sq"].float() / correction).sqrt(), float(group["eps"]))
+                decay = group["betas"][1]
+                correction = 1.0 - decay ** (float(slots["step"]) + 1)
+                found[names[parameter]] = ((slots["exp_avg_sq"].float() * (decay / correction)).sqrt(), float(group["eps"]))
     missing = set(names.values()) - set(found)
     if found and missing:
         raise InputError(f"the optimiser has no second moments for {sorted(missing)[:3]} and {max(len(missing) - 3, 0)} more parameters.",
