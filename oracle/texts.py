@@ -12,11 +12,13 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
+from oracle.artifacts import atomic_path
 from oracle.errors import InputError, check_at_least, check_choice
 from oracle.sources import Column, Source, open_source
 from oracle.text_formats import (
@@ -131,6 +133,14 @@ def read_texts(source: Source, *, text_column: str = "text", format: str = "auto
     dataset = _make_dataset(pa.table(columns), {name: material.features[name] for name in others if name in material.features})
     setattr(dataset, _REPORT, report)
     return dataset
+
+
+def write_texts(dataset: datasets.Dataset, path: Path) -> None:
+    """Write texts to a parquet file that `read_texts` reads back with the same ids, atomically."""
+    import pyarrow.parquet as pq
+
+    with atomic_path(path) as partial:
+        pq.write_table(dataset.with_format("arrow")[:], partial)
 
 
 def read_report(dataset: datasets.Dataset) -> ReadReport:

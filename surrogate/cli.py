@@ -16,7 +16,7 @@ import typer
 
 from oracle.errors import InputError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False,
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Measure how much training texts help a language model, predict it for a whole pool, and select.")
 
 RunFolder = Annotated[Path, typer.Argument(help="Run folder; made when it does not exist.")]

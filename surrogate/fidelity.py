@@ -182,7 +182,7 @@ def cross_predict(
     fold_numbers, group_numbers = np.asarray(folds), np.asarray(groups)
     names = np.unique(fold_numbers)
     if labels.ndim != 2 or not len(features) == len(labels) == len(fold_numbers) == len(group_numbers) or len(names) < 2:
-        raise InputError(f"X {features.shape}, y {labels.shape}, {len(fold_numbers)} folds numbers ({len(names)} different) and "
+        raise InputError(f"X {features.shape}, y {labels.shape}, {len(fold_numbers)} fold numbers ({len(names)} different) and "
                          f"{len(group_numbers)} group numbers were given.", "one row of each per text, and at least two folds",
                          "make folds with grouped_folds for the same texts.")
     if len(np.unique(np.stack([group_numbers, fold_numbers]), axis=1).T) != len(np.unique(group_numbers)):
@@ -274,8 +274,8 @@ def _check(scores: NDArray[np.float64], labels: NDArray[np.float64], *, means: N
            target_names: Sequence[str], sources: Sequence[str] | None) -> None:
     if labels.ndim != 2 or scores.shape != labels.shape or means.shape != labels.shape or (
             labels.shape[1] != len(target_names)) or (sources is not None and len(sources) != len(labels)):
-        raise InputError(f"scores {scores.shape}, labels {labels.shape}, baseline {means.shape}, {len(target_names)} target names "
-                         f"and {'no' if sources is None else len(sources)} sources were given.",
+        raise InputError(f"scores {scores.shape}, labels {labels.shape}, baseline {means.shape}, {len(target_names)} target "
+                         f"names and {'no' if sources is None else len(sources)} sources were given.",
                          "matrices of one shape (texts, targets), a name per target, a source per text",
                          "pass rows of the same texts and columns of the same targets.")
     if len(labels) < MIN_TEXTS:

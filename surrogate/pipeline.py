@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from oracle import plugins
-from oracle.artifacts import atomic_path, fingerprint, read_json, require_same, timed, write_json
+from oracle.artifacts import fingerprint, provenance, read_json, require_same, timed, write_json
 from oracle.errors import InputError, MissingFileError, check_at_least
 from oracle.labels import Labels
-from oracle.texts import list_text_ids, read_report, read_texts, text_format
+from oracle.texts import list_text_ids, read_report, read_texts, text_format, write_texts
 from surrogate.predictor import ENCODERS, InfluencePredictor
 from surrogate.scores import Scores
 from surrogate.selection import Budget, Selection, select
@@ -62,8 +62,7 @@ class Run:
         if "pool" in settings:
             require_same(settings["pool"], identity, where=self.folder)
         else:
-            with atomic_path(self.folder / "pool.parquet") as partial:
-                texts.to_parquet(str(partial))
+            write_texts(texts, self.folder / "pool.parquet")
             self._remember(pool=identity, rejected=report.rejected)
         return {"num_texts": len(texts), "num_read": report.num_read, "rejected": report.rejected}
 
@@ -162,7 +161,7 @@ class Run:
                                        num_folds=num_folds, seed=seed)
         folder = self.folder / "predictors" / predictor.surrogate_name
         identity = {"labels": fingerprint([labels.text_ids, labels.values.tobytes().hex()]), "encoders": [e.key() for e in predictor.encoders],
-                    "options": predictor.surrogate_options, "num_folds": num_folds, "seed": seed}
+                    "options": predictor.surrogate_options, "num_folds": num_folds, "seed": seed, "version": provenance()["version"]}
         if (folder / "stage.json").exists() and read_json(folder / "stage.json") == _as_json(identity):
             return InfluencePredictor.load(folder, lm=lm, cache=self.folder / "features")
         labelled = set(labels.text_ids)
@@ -221,8 +220,7 @@ class Run:
         selection = select(scores, budget=budget, rule=rule, labels=self.labels(), fidelity=predictor.fidelity_, seed=seed,
                            allow_low_fidelity=allow_low_fidelity, **options)
         selection.save(self.folder / "selection")
-        with atomic_path(self.folder / "selection" / "texts.parquet") as partial:
-            self.texts(selection.text_ids).to_parquet(str(partial))
+        write_texts(self.texts(selection.text_ids), self.folder / "selection" / "texts.parquet")
         return selection
 
     def texts(self, text_ids: Sequence[str]) -> Dataset:

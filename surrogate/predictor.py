@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 ENCODERS, SURROGATES = "surrogate.features", "surrogate.models"
 PREDICTOR_FILE = "predictor.json"
+HELD_OUT_FILE = "held_out.parquet"
 
 
 class InfluencePredictor:
@@ -47,6 +48,7 @@ class InfluencePredictor:
     Attributes:
         surrogate_: The surrogate fitted on all labels.
         fidelity_: Its held-out fidelity, per target.
+        held_out_: The held-out scores of the labelled texts that the fidelity was measured on.
         target_names_: C target names, in column order.
         cost_: Seconds and counted FLOPs of features, fitting and cross-fitting so far.
 
@@ -57,6 +59,7 @@ class InfluencePredictor:
 
     surrogate_: Surrogate
     fidelity_: Fidelity
+    held_out_: Scores
     target_names_: list[str]
 
     def __init__(self, encoder: str | Encoder | Sequence[str | Encoder] = "sentence", surrogate: str | Surrogate = "trees", *,
@@ -140,6 +143,7 @@ class InfluencePredictor:
             raise InputError("this predictor has not been fitted.", "a fitted predictor", "call fit(sample, labels) first.")
         with atomic_folder(Path(folder)) as partial:
             self.surrogate_.save(partial / "surrogate")
+            self.held_out_.save(partial / HELD_OUT_FILE)
             encoders = []
             for number, encoder in enumerate(self.encoders):
                 if hasattr(encoder, "save_state"):
@@ -172,6 +176,7 @@ class InfluencePredictor:
         surrogate = plugins.load(SURROGATES, stored["surrogate"])
         predictor = cls(encoders, surrogate(**_as_options(stored["options"])), cache=cache, num_folds=stored["num_folds"], seed=stored["seed"])
         predictor.surrogate_ = surrogate.load(folder / "surrogate")  # type: ignore[attr-defined]
+        predictor.held_out_ = Scores.load(folder / HELD_OUT_FILE)
         predictor.target_names_, predictor.units_ = stored["target_names"], stored["units"]
         predictor.fidelity_, predictor.cost_ = Fidelity.from_dict(stored["fidelity"]), stored["cost"]
         return predictor
@@ -180,6 +185,7 @@ class InfluencePredictor:
         folds = grouped_folds(groups, num_folds=self.num_folds, seed=self.seed, keys=labels.text_ids)
         options: dict[str, Any] = {"target_names": labels.target_names, "sources": sources, "seed": self.seed}
         scores, means = cross_predict(self._new_surrogate, features, labels.values, folds=folds, groups=groups)
+        self.held_out_ = Scores(scores, text_ids=labels.text_ids, target_names=labels.target_names)
         ridge = scores
         if self.surrogate_name != "ridge":
             ridge, _ = cross_predict(lambda: plugins.create(SURROGATES, "ridge", {}), features, labels.values, folds=folds, groups=groups)

@@ -82,6 +82,7 @@ class LabelScaler:
         if self.method == "rank":
             columns = [_interpolate(column, *table) for column, table in zip(labels.T, self._knots, strict=True)]
             return np.stack(columns, axis=1)
+        assert self._center is not None and self._scale is not None
         scaled = (labels - self._center) / self._scale
         return np.clip(scaled, -LABEL_CLIP, LABEL_CLIP) if self.method == "robust" else scaled
 
@@ -92,6 +93,7 @@ class LabelScaler:
             columns = [_interpolate(column, quantiles, values)
                        for column, (values, quantiles) in zip(scaled.T, self._knots, strict=True)]
             return np.stack(columns, axis=1)
+        assert self._center is not None and self._scale is not None
         return scaled * self._scale + self._center
 
     def arrays(self) -> dict[str, NDArray]:

@@ -147,7 +147,8 @@ def _members_in_key_order(groups: ArrayLike, seed: int, keys: Sequence[str] | No
 def _check_between(option: str, value: float, *, including_one: bool) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (is_number and (0 < value < 1 or (including_one and value == 1))):
-        raise InputError(f"{option}={value!r} cannot be used.", "a number above 0 and " + ("up to 1" if including_one else "below 1"),
+        end = "up to 1" if including_one else "below 1"
+        raise InputError(f"{option}={value!r} cannot be used.", f"a number above 0 and {end}",
                          f"pass such a value for {option}.")
 
 
@@ -240,7 +241,7 @@ def _bucket_pairs(buckets: NDArray[np.uint64]) -> list[NDArray[np.int64]]:
     num_unique = len(buckets)
     order = np.argsort(buckets, kind="stable")  # rows ascend within a bucket
     ordered = buckets[order]
-    pairs = []
+    pairs: list[NDArray[np.int64]] = []
     for distance in range(1, min(MAX_BUCKET_PAIRS, num_unique)):
         same = np.flatnonzero(ordered[:-distance] == ordered[distance:])
         if len(same) == 0:

@@ -1,15 +1,14 @@
-"""Influence network: ridge regression plus small multilayer perceptrons that learn what it leaves over.
+"""Influence network: an ensemble of small multilayer perceptrons beside a ridge regression.
 
-With a few hundred labels and thousands of noisy features, a plain perceptron is worse than ridge regression.
-So the linear part is solved in closed form, and the perceptrons are trained on its errors for texts that were
-left out of it: what they see is what a linear map truly misses. Their last layer starts at zero, training stops
-when held-out texts stop improving, and a gate per target scales the correction to what it was worth on those
-texts, down to nothing. All targets share the hidden layers. Several members, each with another split and
-another start, are averaged; their spread says where they disagree.
+With a few hundred labels and thousands of noisy features, a perceptron alone may be worse than ridge regression,
+and with smooth nonlinear influence it is far better. So both are fitted, and for each target a gate between 0
+(ridge only) and 1 (perceptrons only) is set to what fits held-out labels best: the ridge's predictions for texts
+left out of it, against the members' for their own validation texts. The members share their hidden layers among
+all targets; each has another validation split and another start. Their spread says where they disagree.
 
 Papers: Agarwal and Hakkani-Tür 2025, Neural Networks for Learnable and Scalable Influence Estimation
 (arXiv 2502.09969) for predicting influence from embeddings with a small network; Lakshminarayanan et al. 2017
-(ensembles); Wolpert 1992 (fitting on left-out errors). Left out: training the text encoder.
+(ensembles); Wolpert 1992 (weighing models by held-out predictions). Left out: training the text encoder.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar, Literal, Self, overload
 
@@ -30,7 +30,6 @@ from oracle.errors import InputError, check_at_least, check_choice
 from oracle.plugins import option
 from surrogate.linear import fit_ridge
 from surrogate.models import (
-    TrainingData,
     features_to_score,
     load_state,
     require_fitted,
@@ -83,21 +82,21 @@ class _Member:
 
 @dataclass(kw_only=True, eq=False)
 class InfluenceNetwork:
-    """Ridge regression plus an ensemble of small perceptrons on its held-out errors, all targets at once.
+    """Small perceptrons, averaged, and weighed per target against ridge regression; all targets at once.
 
-    Use it where targets are several and alike, where their spread is wanted, or on dense embeddings; `trees` where
-    single features carry thresholds; `ridge` where labels are fewer than about 200. Runs on the CPU, repeatably.
+    Use it where influence is a smooth function of dense embeddings, where targets are several and alike, or where
+    the spread of members is wanted; `trees` where single features carry thresholds. Runs on the CPU, repeatably.
 
     Attributes (learned): `members_` the perceptrons; `weights_` (D, C) and `intercept_` (C,) of the linear path on
-    standardised features; `gates_` (members, C) how much of each correction is kept; `num_features_`.
+    standardised features; `gate_` (C,) the share of the members in the score; `num_features_`.
 
     Cost:
-        One ridge regression, and per member and epoch one pass over the labelled texts: some seconds per member at
-        2,400 texts and 3,000 features on one core.
+        One ridge regression, and per member and epoch one pass over the labelled texts: some 3 seconds per member
+        at 2,400 texts and 3,000 features on one core.
     Limit:
-        With gates at zero (nothing left over that can be learned) it equals `ridge`.
+        Where the gate is zero (perceptrons do not help) it equals `ridge`.
     Paper:
-        Agarwal and Hakkani-Tür 2025, arXiv 2502.09969; the linear path, gates and ensemble are this project's.
+        Agarwal and Hakkani-Tür 2025, arXiv 2502.09969; the linear path, gate and ensemble are this project's.
     """
 
     plugin_name: ClassVar[str] = "network"
@@ -109,7 +108,7 @@ class InfluenceNetwork:
     patience: int = option(10, "Epochs without improvement on the validation texts after which a member stops.")
     batch_size: int = option(64, "Texts per training step.")
     ensemble: int = option(5, "Number of members, each with another split and start.")
-    linear_path: bool = option(True, "Fit ridge regression first and train members on its held-out errors.")
+    linear_path: bool = option(True, "Fit ridge regression beside the members and weigh both by held-out labels.")
     label_scale: str = option("rank", "Scale that labels are fitted on: rank, robust or none (then of order 1).")
     validation_fraction: float = option(0.2, "Share of the texts that decide when a member stops.")
     seed: int = option(0, "Seed of splits, starts, batches and dropout.")
@@ -136,11 +135,6 @@ class InfluenceNetwork:
     def num_features_(self) -> int:
         """Number of feature columns D of the fit."""
         return len(self.weights_)
-
-    @property
-    def gates_(self) -> NDArray[np.float32]:
-        """How much of each member's correction is kept, (members, C), from 0 to 1."""
-        return np.stack([member.gate.numpy() for member in self.members_])
 
     def fit(self, X: ArrayLike, y: ArrayLike, *, groups: ArrayLike | None = None) -> Self:
         """Learn from features (S, D) and labels (S, C) or (S,); `groups` stay on one side of each split."""
@@ -197,7 +191,7 @@ class InfluenceNetwork:
     def save(self, folder: Path) -> None:
         """Write the fitted surrogate into `folder`."""
         require_fitted(hasattr(self, "members_"))
-        arrays = {"weights": self.weights_.numpy(), "intercept": self.intercept_.numpy()}
+        arrays = {"weights": self.weights_.numpy(), "intercept": self.intercept_.numpy(), "gate": self.gate_.numpy()}
         for number, member in enumerate(self.members_):
             arrays |= with_prefix(f"member{number}", member.arrays())
         save_state(Path(folder), self, arrays | with_prefix("features", self._feature_scaler.arrays())
@@ -208,7 +202,8 @@ class InfluenceNetwork:
         """Read what `save` wrote."""
         options, arrays = load_state(Path(folder), cls.plugin_name)
         surrogate = cls(**options)
-        surrogate.weights_, surrogate.intercept_ = (torch.from_numpy(arrays[name]) for name in ("weights", "intercept"))
+        surrogate.weights_, surrogate.intercept_, surrogate.gate_ = (
+            torch.from_numpy(arrays[name]) for name in ("weights", "intercept", "gate"))
         surrogate.members_ = [_Member.from_arrays(without_prefix(f"member{number}", arrays))
                               for number in range(surrogate.ensemble)]
         surrogate._feature_scaler = FeatureScaler.from_arrays(without_prefix("features", arrays))
@@ -235,7 +230,7 @@ class InfluenceNetwork:
         """Return a member for (D, C) whose hidden layers are random and whose output is zero."""
         sizes = [shape[0], *self._widths(), shape[1]]
         weights = [torch.randn(before, after, generator=generator) * math.sqrt(2 / before)
-                   for before, after in zip(sizes[:-2], sizes[1:-1], strict=True)]
+                   for before, after in pairwise(sizes[:-1])]
         weights.append(torch.zeros(sizes[-2], sizes[-1]))
         return _Member(weights, [torch.zeros(size) for size in sizes[1:]])
 
@@ -264,10 +259,11 @@ class InfluenceNetwork:
                      generator: torch.Generator) -> None:
         x, residuals, training = tensors
         order = training[torch.randperm(len(training), generator=generator)]
-        for rows in order.split(self.batch_size):
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start:start + self.batch_size]
             outputs = member.output(x[rows], dropout=self.dropout, generator=generator)
             optimizer.zero_grad()
-            (outputs - residuals[rows]).square().mean().backward()
+            (outputs - residuals[rows]).square().mean().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
 

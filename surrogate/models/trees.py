@@ -6,6 +6,7 @@ feature. The boosters stay reachable, because attribution methods read which lab
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -30,7 +31,8 @@ from surrogate.models import (
 from surrogate.scaling import LABEL_SCALES, LabelScaler
 from surrogate.splits import grouped_folds
 
-MAX_BIN = 63  # five times faster than 255 bins on wide features, at the same rank correlation
+MAX_BIN = 31  # with thousands of features and few texts, time goes into bins; more of them ranked no better
+ENOUGH_VALIDATION_TEXTS = 400  # a correlation over so many has a standard error of 0.05; more folds would not pay
 STALL_ROUNDS = 50  # rounds without improvement on the validation texts after which boosting stops
 
 
@@ -38,14 +40,15 @@ STALL_ROUNDS = 50  # rounds without improvement on the validation texts after wh
 class InfluenceTrees:
     """Boosted regression trees on raw features, one LightGBM booster per target.
 
-    The number of trees is chosen on validation texts (near-duplicates together); the boosters are then trained on
-    all labelled texts. Prefer `network` where targets are many and alike, `ridge` where labels are few.
+    The number of trees is the one that orders held-out texts best (cross-validation, near-duplicates together);
+    the boosters are then trained on all labelled texts. Prefer `network` where influence is a smooth function of
+    dense embeddings, `ridge` where labels are few.
 
     Attributes (learned): `boosters_` C boosters, predicting on the label scale; `num_trees_` their sizes;
     `num_features_`.
 
     Cost:
-        A few seconds per target at 2,400 texts and 3,000 features on one core.
+        Per target some 5 seconds at 2,400 texts and 3,000 features on one core, 1 second at 300 and 400.
     Limit:
         With `num_leaves=2` it is additive in the features: no interactions.
     Paper:
@@ -53,13 +56,14 @@ class InfluenceTrees:
     """
 
     plugin_name: ClassVar[str] = "trees"
-    num_trees: int = option(300, "Most trees per target; fewer are kept where validation texts stop improving.")
-    learning_rate: float = option(0.05, "Share of each tree's correction that is kept.")
-    num_leaves: int = option(15, "Most leaves of a tree.")
+    num_trees: int = option(300, "Most trees per target; fewer are grown where held-out texts are ordered best by fewer.")
+    min_trees: int = option(100, "Fewest trees per target: with few texts, a noisy stop would leave too few to order the pool.")
+    learning_rate: float = option(0.03, "Share of each tree's correction that is kept.")
+    num_leaves: int = option(7, "Most leaves of a tree.")
     min_leaf_size: int = option(10, "Fewest texts in a leaf.")
     feature_fraction: float = option(0.3, "Share of the features that each tree may use.")
     bagging: float = option(0.8, "Share of the texts that each tree sees.")
-    l2: float = option(1.0, "Penalty on squared leaf values.")
+    l2: float = option(10.0, "Penalty on squared leaf values.")
     label_scale: str = option("rank", "Scale that labels are fitted on: rank, robust or none.")
     validation_folds: int = option(4, "Folds whose held-out texts choose the number of trees; 0 grows num_trees trees.")
     num_threads: int = option(1, "Threads of LightGBM; 0 takes all cores; results do not depend on it.")
@@ -71,7 +75,8 @@ class InfluenceTrees:
 
     def __post_init__(self) -> None:
         check_choice("label_scale", self.label_scale, LABEL_SCALES)
-        for name, minimum in (("num_trees", 1), ("num_leaves", 2), ("min_leaf_size", 1), ("l2", 0), ("num_threads", 0), ("seed", 0)):
+        for name, minimum in (("min_trees", 1), ("num_trees", self.min_trees), ("num_leaves", 2), ("min_leaf_size", 1),
+                              ("l2", 0), ("num_threads", 0), ("seed", 0)):
             check_at_least(name, getattr(self, name), minimum)
         for name in ("learning_rate", "feature_fraction", "bagging"):
             if not 0 < getattr(self, name) <= 1:
@@ -135,18 +140,19 @@ class InfluenceTrees:
         return surrogate
 
     def _splits(self, data: TrainingData) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
-        """Return (training rows, validation rows) per fold; fewer folds where there are fewer groups."""
+        """Return (training rows, validation rows) of as many folds as give enough validation texts."""
         if self.validation_folds == 0:
             return []
         num_folds = min(self.validation_folds, len(np.unique(data.groups)))
         folds = grouped_folds(data.groups, num_folds=num_folds, seed=self.seed, keys=data.keys)
-        return [(np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)) for fold in range(num_folds)]
+        num_used = min(num_folds, math.ceil(ENOUGH_VALIDATION_TEXTS * num_folds / len(folds)))
+        return [(np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)) for fold in range(num_used)]
 
     def _best_num_trees(self, dataset: lgb.Dataset, splits: list[tuple[NDArray[np.intp], NDArray[np.intp]]]) -> int:
         """Return the number of trees whose held-out scores correlate best with the labels, averaged over the folds."""
         curve = lgb.cv(self._parameters(), dataset, num_boost_round=self.num_trees, folds=splits, feval=_correlation,
                        callbacks=[lgb.early_stopping(STALL_ROUNDS, verbose=False)])["valid correlation-mean"]
-        return int(np.argmax(curve)) + 1
+        return max(self.min_trees, int(np.argmax(np.asarray(curve))) + 1)
 
     def _parameters(self) -> dict[str, Any]:
         return {
