@@ -26,6 +26,7 @@ from surrogate.scaling import average_ranks
 
 MIN_TEXTS = 3  # Spearman's t approximation needs one degree of freedom
 MIN_TEXTS_PER_SOURCE = 8
+MIN_TEXTS_PER_FOLD = 8  # below, the median of a fold says more about its texts than about its fit
 INTERVAL_PERCENTILES = (2.5, 97.5)
 
 
@@ -124,9 +125,10 @@ def measure_fidelity(
     """Compare scores with held-out labels, target by target.
 
     Ties share their places: a text tied at the edge of the best fifth counts in part. Constant scores therefore
-    get a Spearman of 0.0 and a recall of `top_fraction`. Where `baseline` differs between texts (cross-fitting),
-    ranks are taken of scores minus baseline: the training mean of a fold is low exactly when its held-out labels
-    are high, which would pull a useless surrogate below zero.
+    get a Spearman of 0.0 and a recall of `top_fraction`. Where `baseline` differs between texts, the
+    scores are cross-fitted, and texts with equal baseline are taken for a fold: its training mean is low exactly when
+    its held-out labels are high, which would pull a useless surrogate below zero. So ranks are taken of scores minus
+    their fold's median score, if every fold has at least 8 texts.
 
     Args:
         scores: (S, C) predictions for texts that were not fitted on.
@@ -211,7 +213,7 @@ def _measure_target(
     scores: NDArray[np.float64], labels: NDArray[np.float64], *, means: NDArray[np.float64], target: str,
     sources: Sequence[str] | None, top_fraction: float, num_bootstrap: int, seed: int,
 ) -> TargetFidelity:
-    ranked = scores - means if np.ptp(means) > 0 else scores
+    ranked = _centred_by_fold(scores, means)
     correlation = spearman(ranked, labels)
     within, num_sources = _within_sources(ranked, labels, sources)
     num_best = max(1, round(top_fraction * len(labels)))
@@ -225,6 +227,19 @@ def _measure_target(
         top_recall=float(selected @ best) / num_best, mean_label_selected=float(selected @ labels) / num_best,
         mean_label_all=float(labels.mean()), mean_label_best=float(best @ labels) / num_best,
         top_fraction=top_fraction, num_texts=len(labels))
+
+
+def _centred_by_fold(scores: NDArray[np.float64], means: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return scores minus the median score of the texts with the same training mean, if folds are large enough.
+
+    The median of scores is taken, not the training mean: one outlying label moves that mean, but not the scores of
+    a surrogate fitted on ranks.
+    """
+    _, inverse, counts = np.unique(means, return_inverse=True, return_counts=True)
+    if len(counts) == 1 or counts.min() < MIN_TEXTS_PER_FOLD:
+        return scores
+    medians = np.array([np.median(scores[inverse == fold]) for fold in range(len(counts))])
+    return scores - medians[inverse]
 
 
 def _top_weights(values: NDArray[np.float64], num_best: int) -> NDArray[np.float64]:

@@ -1,9 +1,10 @@
 """What one forward pass of a language model says about a text.
 
-The mean hidden state below the output layer, statistics of the token losses, and the exact influence of the
-text through the output layer on every target set. That part of the gradient is sum_t (p_t - y_t) h_t', which
-a forward pass has at hand, and so has its product with the same for each target; alone it ranks texts much
-as the whole gradient does. The model can be the live checkpoint or a smaller one trained beside it.
+The mean hidden state h below the output layer, the mean error state W'(p - y) that a backward pass would send
+into it, statistics of the token losses, and the exact influence of the text through the output layer on every
+target set. All of these are pieces of the text's gradient that a forward pass has at hand: the output layer's
+gradient is sum_t (p_t - y_t) h_t', and every layer below is driven by the error state. The error state is what
+tells the texts of one source apart. The model can be the live checkpoint or a smaller one trained beside it.
 
 Min-K% is the mean log-probability of the least likely tokens (Shi et al. 2024, arXiv 2310.16789); the error
 norm is that of p - y (Paul et al. 2021, arXiv 2107.07075).
@@ -34,16 +35,17 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 STATISTICS = ("mean_loss", "std_loss", "max_loss", "min_k", "entropy", "error_norm", "log_num_tokens")
+STATES = ("hidden", "hidden_rms", "error", "error_rms")
 
 
 @dataclass(kw_only=True)
 class ModelState:
-    """Mean hidden state, token-loss statistics and exact last-layer influence on each target, from one forward pass.
+    """Hidden and error states, token-loss statistics and exact last-layer influence on each target, from one forward pass.
 
     Cost:
-        One forward pass of the model per text, and one more product of the output layer's size.
+        One forward pass of the model per text, and two more products of the output layer's size.
     Limit:
-        Without hidden state and statistics, the last-layer influence is `grad_dot` restricted to the output layer.
+        Without states and statistics, the last-layer influence is `grad_dot` restricted to the output layer.
     """
 
     plugin_name: ClassVar[str] = "model_state"
@@ -52,7 +54,7 @@ class ModelState:
 
     model: Any = option(None, "A LanguageModel, or the folder or hub name of one: the live checkpoint or a proxy.")
     targets: Any = option(None, "The named target sets for the last-layer influence; None leaves it out.")
-    hidden: bool = option(True, "Whether the mean hidden state below the output layer is part of the features.")
+    states: bool = option(True, "Whether mean and root mean square of hidden and error states are part of the features.")
     min_k: float = option(0.2, "Share of the least likely tokens in Min-K%.")
 
     def __post_init__(self) -> None:
@@ -85,7 +87,7 @@ class ModelState:
     def flops(self, texts: Dataset) -> float:
         """Counted FLOPs for these texts."""
         head = self._head()
-        extra = 2.0 * head.weight.numel() if self.targets is not None else 0.0
+        extra = 2.0 * head.weight.numel() * (int(self.targets is not None) + int(self.states))
         num_tokens = sum(len(text.input_ids) for text in self.lm.encode(texts))
         return num_tokens * (self.lm.forward_flops_per_token + extra)
 
@@ -104,9 +106,9 @@ class ModelState:
 
     def feature_names(self) -> list[str]:
         """Name every column."""
-        width = self._head().weight.shape[1] if self.hidden else 0
+        width = self._head().weight.shape[1] if self.states else 0
         targets = [f"last_layer.{target.name}" for target in read_targets(self.targets)] if self.targets is not None else []
-        return [*STATISTICS, *targets, *(f"hidden.{index}" for index in range(width))]
+        return [*STATISTICS, *targets, *(f"{state}.{index}" for state in STATES for index in range(width))]
 
     def _features(self, batch: Batch) -> Tensor:
         """(B, D) for one batch."""
@@ -115,8 +117,9 @@ class ModelState:
         columns = [self._statistics(losses, errors, entropy, mask)]
         if self._directions:
             columns.append(self._influence(hidden, errors) / count.unsqueeze(1))
-        if self.hidden:
-            columns.append((hidden * mask.unsqueeze(2)).sum(1) / count.unsqueeze(1))
+        if self.states:
+            for state in (hidden * mask.unsqueeze(2), errors @ self._head().weight.float()):  # (B, L-1, H), zero where not predicted
+                columns += [state.sum(1) / count.unsqueeze(1), (state.square().sum(1) / count.unsqueeze(1)).sqrt()]
         return torch.cat([column.float() for column in columns], dim=1)
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -14,7 +14,8 @@ Papers: Agarwal and Hakkani-Tür 2025, Neural Networks for Learnable and Scalabl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -26,10 +27,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from oracle.errors import InputError, check_at_least, check_choice
+from oracle.errors import InputError, NotFiniteError, check_at_least, check_choice
 from oracle.plugins import option
 from surrogate.linear import fit_ridge
 from surrogate.models import (
+    TrainingData,
     features_to_score,
     load_state,
     require_fitted,
@@ -91,7 +93,7 @@ class InfluenceNetwork:
     standardised features; `gate_` (C,) the share of the members in the score; `num_features_`.
 
     Cost:
-        One ridge regression, and per member and epoch one pass over the labelled texts: some 3 seconds per member
+        One ridge regression, and per member and epoch one pass over the labelled texts: some 4 seconds per member
         at 2,400 texts and 3,000 features on one core.
     Limit:
         Where the gate is zero (perceptrons do not help) it equals `ridge`.
@@ -138,7 +140,10 @@ class InfluenceNetwork:
 
     def fit(self, X: ArrayLike, y: ArrayLike, *, groups: ArrayLike | None = None) -> Self:
         """Learn from features (S, D) and labels (S, C) or (S,); `groups` stay on one side of each split."""
-        data = training_data(X, y, groups)
+        with _own_settings():
+            return self._fit(training_data(X, y, groups))
+
+    def _fit(self, data: TrainingData) -> Self:
         feature_scaler, label_scaler = FeatureScaler().fit(data.features), LabelScaler(self.label_scale).fit(data.labels)
         x, scaled = feature_scaler.transform(data.features), label_scaler.transform(data.labels)
         intercept = scaled.mean(axis=0)
@@ -150,13 +155,12 @@ class InfluenceNetwork:
                                    keys=data.keys)
             held_out.append(torch.from_numpy(np.flatnonzero(mask)))
             members.append(self._train_member(number, tensors, rows=(torch.from_numpy(np.flatnonzero(~mask)), held_out[-1])))
-        gate = torch.ones(scaled.shape[1])
-        weights = torch.zeros(x.shape[1], scaled.shape[1])
+        gate = torch.ones(scaled.shape[1], dtype=torch.float32)
+        weights = torch.zeros(x.shape[1], scaled.shape[1], dtype=torch.float32)
         if ridge is not None:
             weights = torch.from_numpy(ridge.weights).float()
             intercept = intercept + ridge.intercept
             gate = _gate(members, held_out, tensors=tensors, linear=torch.from_numpy(ridge.held_out).float())
-        gate[torch.from_numpy(data.labels.max(axis=0) == data.labels.min(axis=0))] = 0.0
         self.weights_, self.intercept_, self.gate_ = weights, torch.from_numpy(intercept).float(), gate
         self.members_, self._feature_scaler, self._label_scaler = members, feature_scaler, label_scaler
         return self
@@ -221,18 +225,18 @@ class InfluenceNetwork:
 
     def _member_outputs(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
         x = torch.from_numpy(self._feature_scaler.transform(features))
-        with torch.no_grad():
+        with _own_settings(), torch.no_grad():
             linear = self.intercept_ + (1 - self.gate_) * (x @ self.weights_)  # (b, C)
             outputs = [linear + self.gate_ * member.output(x) for member in self.members_]
         return torch.stack(outputs).double().numpy()
 
     def _new_member(self, shape: tuple[int, int], generator: torch.Generator) -> _Member:
-        """Return a member for (D, C) whose hidden layers are random and whose output is zero."""
+        """Return a member for (D, C) with random hidden layers and zero output (which a constant target never moves)."""
         sizes = [shape[0], *self._widths(), shape[1]]
-        weights = [torch.randn(before, after, generator=generator) * math.sqrt(2 / before)
+        weights = [torch.randn(before, after, generator=generator, dtype=torch.float32) * math.sqrt(2 / before)
                    for before, after in pairwise(sizes[:-1])]
-        weights.append(torch.zeros(sizes[-2], sizes[-1]))
-        return _Member(weights, [torch.zeros(size) for size in sizes[1:]])
+        weights.append(torch.zeros(sizes[-2], sizes[-1], dtype=torch.float32))
+        return _Member(weights, [torch.zeros(size, dtype=torch.float32) for size in sizes[1:]])
 
     def _train_member(self, number: int, tensors: tuple[Tensor, Tensor], *, rows: tuple[Tensor, Tensor]) -> _Member:
         """Train one member on the first rows until the second ones stop improving; the best epoch is kept."""
@@ -247,6 +251,9 @@ class InfluenceNetwork:
             self._train_epoch(member, optimizer, (x, targets, training), generator)
             with torch.no_grad():
                 error = float((member.output(x[validation]) - targets[validation]).square().mean())
+            if not math.isfinite(error):
+                raise NotFiniteError(f"training diverged with learning_rate={self.learning_rate!r}.", "a finite squared error",
+                                     "lower learning_rate, or use label_scale='rank'.")
             if error < best_error:
                 best_error, best, stalled = error, member.copy(), 0
             else:
@@ -257,14 +264,21 @@ class InfluenceNetwork:
 
     def _train_epoch(self, member: _Member, optimizer: torch.optim.Optimizer, tensors: tuple[Tensor, Tensor, Tensor],
                      generator: torch.Generator) -> None:
-        x, residuals, training = tensors
+        x, targets, training = tensors
         order = training[torch.randperm(len(training), generator=generator)]
         for start in range(0, len(order), self.batch_size):
             rows = order[start:start + self.batch_size]
             outputs = member.output(x[rows], dropout=self.dropout, generator=generator)
             optimizer.zero_grad()
-            (outputs - residuals[rows]).square().mean().backward()  # type: ignore[no-untyped-call]
+            (outputs - targets[rows]).square().mean().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+
+
+@contextmanager
+def _own_settings() -> Iterator[None]:
+    """Shield from a caller's no_grad, inference mode, autocast and default device, as inside a training loop."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        yield
 
 
 def _gate(members: list[_Member], held_out: list[Tensor], *, tensors: tuple[Tensor, Tensor], linear: Tensor) -> Tensor:

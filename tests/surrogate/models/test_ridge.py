@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from oracle.errors import InputError
+from surrogate.linear import fit_ridge
+from surrogate.models.ridge import RidgeSurrogate
+from surrogate.scaling import FeatureScaler
+
+
+def data(num_texts, num_features, seed=0):
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(num_texts, num_features)) @ rng.normal(size=(num_features, num_features))
+    y = X[:, :2] + rng.normal(size=(num_texts, 2)) * X[:, :2].std(axis=0)
+    return X.astype(np.float32), y
+
+
+@pytest.mark.parametrize("shape", [(60, 15), (30, 50)])
+def test_it_solves_the_same_problem_as_scikit_learn(shape):
+    from sklearn.linear_model import Ridge
+    X, y = data(*shape)
+    standardised = FeatureScaler().fit(X).transform(X)
+    expected = Ridge(alpha=7.0).fit(standardised, y).predict(standardised)
+    np.testing.assert_allclose(RidgeSurrogate(alpha=7.0, label_scale="none").fit(X, y).predict(X), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(40, 8), (25, 40)])
+def test_held_out_predictions_equal_refitting_without_the_group(shape):
+    X, y = data(*shape)
+    groups = np.arange(len(X))
+    groups[:6] = [0, 0, 0, 1, 1, 2]
+    fit = fit_ridge(X, y, groups=groups, alpha=3.0)
+    for group in np.unique(groups):
+        out = groups == group
+        kept = X[~out].astype(np.float64)
+        centred = kept - kept.mean(axis=0)
+        weights = np.linalg.solve(centred.T @ centred + 3.0 * np.eye(X.shape[1]), centred.T @ y[~out])
+        expected = y[~out].mean(axis=0) + (X[out] - kept.mean(axis=0)) @ weights
+        np.testing.assert_allclose(fit.held_out[out], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_penalty_is_chosen_per_target_by_held_out_error():
+    X, y = data(80, 30)
+    y[:, 0] = X[:, 0]  # no noise: a weak penalty; the other is all noise: a strong one
+    y[:, 1] = np.random.default_rng(1).normal(size=80)
+    model = RidgeSurrogate(label_scale="none").fit(X, y)
+    assert model.alphas_[0] < 1e-2 * model.alphas_[1]
+
+
+def test_copies_of_a_text_do_not_weaken_the_penalty():
+    X, y = data(40, 60)
+    y = np.random.default_rng(1).normal(size=(40, 1))
+    twice_X, twice_y, groups = np.concatenate([X, X]), np.concatenate([y, y]), np.tile(np.arange(40), 2)
+    grouped, separate = fit_ridge(twice_X, twice_y, groups=groups), fit_ridge(twice_X, twice_y, groups=np.arange(80))
+    assert separate.alphas[0] < 1e-2 * grouped.alphas[0]
+
+
+def test_limit_a_large_penalty_predicts_the_middle_label():
+    X, y = data(50, 5)
+    scores = RidgeSurrogate(alpha=1e12, label_scale="none").fit(X, y).predict(X)
+    np.testing.assert_allclose(scores, np.broadcast_to(y.mean(axis=0), y.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0, -1.0, float("nan"), float("inf"), "1"])
+def test_a_penalty_that_is_not_positive_is_refused(alpha):
+    with pytest.raises(InputError, match="alpha"):
+        RidgeSurrogate(alpha=alpha)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import lightgbm as lgb
+import numpy as np
+import pytest
+
+from oracle.errors import InputError, MissingFileError
+from surrogate.models import training_data
+from surrogate.models.ridge import RidgeSurrogate
+from surrogate.models.trees import InfluenceTrees
+
+
+def data(num_texts=150, num_features=30, seed=0):
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(num_texts, num_features))
+    truth = 2.0 * (X[:, 0] > 0.3) + (X[:, 1] > 0) * (X[:, 2] > 0)
+    return X, np.stack([truth, -truth], axis=1) + 0.3 * rng.normal(size=(num_texts, 2)), truth
+
+
+def test_a_hundred_texts_are_enough_to_find_thresholds_that_ridge_misses():
+    X, y, _ = data(100)
+    X_new, _, truth = data(500, seed=1)
+    trees, ridge = (model.fit(X, y).predict(X_new) for model in (InfluenceTrees(), RidgeSurrogate()))
+    assert np.corrcoef(trees[:, 0], truth)[0, 1] > np.corrcoef(ridge[:, 0], truth)[0, 1] + 0.05
+
+
+def test_there_is_one_booster_per_target_and_the_scores_are_theirs():
+    X, y, _ = data()
+    model = InfluenceTrees(num_trees=20, min_trees=5, label_scale="none").fit(X, y)
+    assert len(model.boosters_) == 2 and all(isinstance(booster, lgb.Booster) for booster in model.boosters_)
+    assert model.num_trees_ == [booster.num_trees() for booster in model.boosters_]
+    expected = np.stack([booster.predict(X.astype(np.float32)) for booster in model.boosters_], axis=1)
+    np.testing.assert_allclose(model.predict(X), expected, rtol=1e-6)
+
+
+def test_the_final_boosters_saw_every_labelled_text():
+    X, y, _ = data(80)
+    model = InfluenceTrees(num_trees=3, min_trees=1, bagging=1.0, min_leaf_size=1).fit(X, y)
+    for booster in model.boosters_:
+        assert booster.dump_model()["tree_info"][0]["tree_structure"]["internal_count"] == 80
+
+
+def test_the_number_of_trees_is_chosen_within_its_bounds():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(120, 10))
+    noise = InfluenceTrees(num_trees=90, min_trees=20).fit(X, rng.normal(size=(120, 6)))
+    assert min(noise.num_trees_) == 20 and len(set(noise.num_trees_)) > 1 and max(noise.num_trees_) <= 90
+    assert InfluenceTrees(num_trees=25, min_trees=7, validation_folds=0).fit(X, X[:, 0]).num_trees_ == [25]
+
+
+def test_near_duplicates_stay_on_one_side_of_every_fold():
+    X, y, _ = data(90)
+    groups = np.arange(90) // 3
+    checked = training_data(X, y, groups)
+    splits = InfluenceTrees()._splits(checked)
+    assert len(splits) == 4
+    for training, validation in splits:
+        assert not set(checked.groups[training]) & set(checked.groups[validation])
+        assert sorted([*training, *validation]) == list(range(90))
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    X, y, _ = data(60, 10)
+    scores = [InfluenceTrees(num_trees=3, min_trees=3, validation_folds=0, num_threads=count).fit(X, y).predict(X)
+              for count in (1, 2)]
+    np.testing.assert_array_equal(*scores)
+
+
+def test_limit_with_two_leaves_it_is_additive():
+    X, y, _ = data()
+    model = InfluenceTrees(num_leaves=2, num_trees=50, min_trees=5, label_scale="none").fit(X, y)
+    corners = np.zeros((4, X.shape[1]))
+    corners[1, 1] = corners[2, 2] = corners[3, 1] = corners[3, 2] = 1.0
+    none, first, second, both = model.predict(corners)
+    np.testing.assert_allclose(both + none, first + second, atol=1e-5)
+
+
+def test_a_missing_booster_file_is_named(tmp_path):
+    X, y, _ = data()
+    InfluenceTrees(num_trees=5, min_trees=1).fit(X, y).save(tmp_path)
+    (tmp_path / "target-0001.txt").unlink()
+    with pytest.raises(MissingFileError, match="target-0001"):
+        InfluenceTrees.load(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"num_trees": 50}, {"num_leaves": 1}, {"learning_rate": 0}, {"bagging": 1.5},
+                                     {"feature_fraction": 0.0}, {"validation_folds": 1}])
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        InfluenceTrees(**options)
