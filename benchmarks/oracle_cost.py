@@ -44,41 +44,73 @@ def main() -> None:
     parser.add_argument("--target-texts", type=int, default=16)
     options = parser.parse_args()
     start(options)
-    module = build_model(options.architecture, vocabulary_size=options.vocabulary, width=options.width, num_layers=options.layers, context=options.tokens)
+    module = build_model(
+        options.architecture,
+        vocabulary_size=options.vocabulary,
+        width=options.width,
+        num_layers=options.layers,
+        context=options.tokens,
+    )
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
     lm = LanguageModel(module, optimizer=optimizer, max_tokens=options.tokens)
     module.eval()
     rng = np.random.default_rng(0)
-    rows = [{"input_ids": rng.integers(1, options.vocabulary, options.tokens).tolist()} for _ in range(options.batch + options.target_texts)]
-    encoded = lm.encode(rows[:options.batch])
+    rows = [
+        {"input_ids": rng.integers(1, options.vocabulary, options.tokens).tolist()}
+        for _ in range(options.batch + options.target_texts)
+    ]
+    encoded = lm.encode(rows[: options.batch])
     batch = make_batch(encoded, positions=list(range(len(encoded))), device=lm.device)
     for parameter in module.parameters():  # a state, so that reloading it has something to reload
         parameter.grad = torch.randn_like(parameter) * 1e-3
     optimizer.step()
     optimizer.zero_grad()
     gradient = _gradient_rows(lm, batch, options.turns)
-    steps = _step_rows(lm, encoded, rows[options.batch:], options.turns, options.workdir)
+    steps = _step_rows(lm, encoded, rows[options.batch :], turns=options.turns, workdir=options.workdir)
     baseline = statistics.median(gradient["forward and backward"])
-    table = [[name, f"{1000 * statistics.median(values) / options.batch:.1f}", f"{_ratio(values, gradient['forward and backward']):.3f}"]
-             for name, values in gradient.items()]
-    table += [[name, f"{1000 * statistics.median(values):.1f}", f"{statistics.median(values) * options.batch / baseline:.2f}"]
-              for name, values in steps.items()]
+    table = [
+        [
+            name,
+            f"{1000 * statistics.median(values) / options.batch:.1f}",
+            f"{_ratio(values, gradient['forward and backward']):.3f}",
+        ]
+        for name, values in gradient.items()
+    ]
+    table += [
+        [name, f"{1000 * statistics.median(values):.1f}", f"{statistics.median(values) * options.batch / baseline:.2f}"]
+        for name, values in steps.items()
+    ]
     ratios = {name: round(_ratio(values, gradient["forward and backward"]), 4) for name, values in gradient.items()}
     speedup = _ratio(steps["reload from disk, target texts one by one"], steps["one_step"])
-    report(f"{options.architecture}, {lm.num_parameters / 1e6:.1f}M parameters, {options.tokens} tokens, batch {options.batch}, {lm.device.type}",
-           ["", "ms per text", "over forward and backward"], table,
-           {"benchmark": "oracle_cost", "parameters": lm.num_parameters, "tokens": options.tokens, "batch": options.batch, "ratios": ratios,
-            "one_step_speedup_over_reloading_probe": round(speedup, 2), "target_texts": options.target_texts})
+    report(
+        f"{options.architecture}, {lm.num_parameters / 1e6:.1f}M parameters, {options.tokens} tokens, batch {options.batch}, "
+        f"{lm.device.type}",
+        ["", "ms per text", "over forward and backward"],
+        table,
+        {
+            "benchmark": "oracle_cost",
+            "parameters": lm.num_parameters,
+            "tokens": options.tokens,
+            "batch": options.batch,
+            "ratios": ratios,
+            "one_step_speedup_over_reloading_probe": round(speedup, 2),
+            "target_texts": options.target_texts,
+        },
+    )
 
 
 def _gradient_rows(lm: LanguageModel, batch, turns: int) -> dict[str, list[float]]:
     generator = torch.Generator().manual_seed(0)
     engines = {}
     for count in NUM_DIRECTIONS:
-        directions = {name: torch.randn(count, *p.shape, generator=generator).to(p.device) for name, p in lm.module.named_parameters()}
+        directions = {
+            name: torch.randn(count, *p.shape, generator=generator).to(p.device) for name, p in lm.module.named_parameters()
+        }
         engines[f"grad_dot, {count} target{'s' if count > 1 else ''}"] = GradientProducts(lm.module, directions, lm.text_losses)
         if count in (1, 8):
-            engines[f"grad_dot with norms, {count} target{'s' if count > 1 else ''}"] = GradientProducts(lm.module, directions, lm.text_losses, norms=True)
+            engines[f"grad_dot with norms, {count} target{'s' if count > 1 else ''}"] = GradientProducts(
+                lm.module, directions, lm.text_losses, norms=True
+            )
 
     def plain() -> None:
         lm.text_losses(batch).sum().backward()
@@ -88,12 +120,13 @@ def _gradient_rows(lm: LanguageModel, batch, turns: int) -> dict[str, list[float
         def run() -> None:
             with engine:
                 engine(batch)
+
         return run
 
     return _in_turns({"forward and backward": plain, **{name: products(engine) for name, engine in engines.items()}}, turns)
 
 
-def _step_rows(lm: LanguageModel, encoded, target_rows, turns: int, workdir: Path) -> dict[str, list[float]]:
+def _step_rows(lm: LanguageModel, encoded, target_rows, *, turns: int, workdir: Path) -> dict[str, list[float]]:
     """`one_step` against a probe as released code does it: reload the checkpoint, step, evaluate target texts one at a time."""
     columns = prepare_targets(lm, read_targets({"t": oracle.read_texts(target_rows)}))
     singles = [make_batch([text], positions=[0], device=lm.device) for text in lm.encode(target_rows)]
@@ -118,7 +151,9 @@ def _step_rows(lm: LanguageModel, encoded, target_rows, turns: int, workdir: Pat
 
     with lm.preserved():
         method.prepare(lm, columns)
-        result = _in_turns({"one_step": lambda: method.measure([encoded[0]]), "reload from disk, target texts one by one": reloading}, turns)
+        result = _in_turns(
+            {"one_step": lambda: method.measure([encoded[0]]), "reload from disk, target texts one by one": reloading}, turns
+        )
     path.unlink()
     return result
 

@@ -22,7 +22,9 @@ def arguments(description: str, *, pool: bool = True) -> argparse.ArgumentParser
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     if pool:
         parser.add_argument("--pool", nargs="+", default=["python_library"], help="files of the pool, or a bundled corpus")
-        parser.add_argument("--target", nargs="+", default=[], metavar="NAME=FILE", help="target sets; those of the bundled corpus by default")
+        parser.add_argument(
+            "--target", nargs="+", default=[], metavar="NAME=FILE", help="target sets; those of the bundled corpus by default"
+        )
         parser.add_argument("--limit", type=int, default=None, help="read only so many texts of the pool")
     parser.add_argument("--workdir", type=Path, default=Path("runs/benchmarks"), help="where checkpoints and labels are kept")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves the default")
@@ -42,13 +44,27 @@ def load_pool(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
     if len(options.pool) == 1 and options.pool[0] in corpora.names():
         corpus = corpora.load(options.pool[0])
-        return oracle.read_texts(corpus.pool, limit=options.limit), dict(corpus.targets) if not options.target else parse_targets(options.target)
+        return oracle.read_texts(corpus.pool, limit=options.limit), dict(corpus.targets) if not options.target else parse_targets(
+            options.target
+        )
     return oracle.read_texts(list(options.pool), limit=options.limit), dict(parse_targets(options.target))
 
 
-def warmed_up(folder: Path, texts: Any, *, architecture: str, width: int, num_layers: int, vocabulary_size: int, max_tokens: int, num_tokens: int,
-              seed: int = 0, learning_rate: float = 2e-3, rows_per_step: int = 16) -> LanguageModel:
-    """Make a tokenizer and a model, train them on random texts, keep the checkpoint with its optimiser; reuse it if it is there."""
+def warmed_up(
+    folder: Path,
+    texts: Any,
+    *,
+    architecture: str,
+    width: int,
+    num_layers: int,
+    vocabulary_size: int,
+    max_tokens: int,
+    num_tokens: int,
+    seed: int = 0,
+    learning_rate: float = 2e-3,
+    rows_per_step: int = 16,
+) -> LanguageModel:
+    """Make a tokenizer and a model, train them on random texts, keep the checkpoint with its optimiser, or reuse it."""
     if not folder.exists():
         tokenizer_folder = folder.parent / f"tokenizer-{vocabulary_size}"
         if not tokenizer_folder.exists():
@@ -56,11 +72,26 @@ def warmed_up(folder: Path, texts: Any, *, architecture: str, width: int, num_la
                 train_tokenizer(texts["text"][:5000], vocabulary_size=vocabulary_size).save_pretrained(partial)
         from transformers import AutoTokenizer
 
-        module = build_model(architecture, vocabulary_size=vocabulary_size, width=width, num_layers=num_layers, context=max_tokens, seed=seed)
+        module = build_model(
+            architecture, vocabulary_size=vocabulary_size, width=width, num_layers=num_layers, context=max_tokens, seed=seed
+        )
         optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
         lm = LanguageModel(module, AutoTokenizer.from_pretrained(tokenizer_folder), optimizer, max_tokens=max_tokens)
-        plan = TrainingPlan(num_tokens=num_tokens, row_tokens=max_tokens, rows_per_step=rows_per_step, warmup_steps=20, seed=seed, checkpoint_every=50)
-        train(lm, texts, plan, folder=folder.with_name(f"{folder.name}-training"), title=f"warm-up of {lm.num_parameters / 1e6:.1f}M parameters")
+        plan = TrainingPlan(
+            num_tokens=num_tokens,
+            row_tokens=max_tokens,
+            rows_per_step=rows_per_step,
+            warmup_steps=20,
+            seed=seed,
+            checkpoint_every=50,
+        )
+        train(
+            lm,
+            texts,
+            plan,
+            folder=folder.with_name(f"{folder.name}-training"),
+            title=f"warm-up of {lm.num_parameters / 1e6:.1f}M parameters",
+        )
         lm.save(folder)
     return LanguageModel.from_pretrained(folder, max_tokens=max_tokens)
 
@@ -70,7 +101,12 @@ def report(title: str, header: list[str], rows: list[list[str]], result: dict[st
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     print(title)
     for row in [header, *rows]:
-        print("  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))))
+        print(
+            "  ".join(
+                cell.ljust(width) if column == 0 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+        )
     machine = {"torch_threads": torch.get_num_threads(), "device": "cuda" if torch.cuda.is_available() else "cpu"}
     print(json.dumps({**result, "machine": machine, "provenance": provenance()}))
     sys.stdout.flush()

@@ -20,8 +20,14 @@ if TYPE_CHECKING:
     from oracle.texts import read_texts as read_texts
 
 _HOMES = {
-    "LanguageModel": "oracle.language_model", "Labels": "oracle.labels", "label": "oracle.measure", "method_names": "oracle.measure",
-    "agreement": "oracle.comparison", "noise_ceiling": "oracle.comparison", "read_texts": "oracle.texts", "read_report": "oracle.texts",
+    "LanguageModel": "oracle.language_model",
+    "Labels": "oracle.labels",
+    "label": "oracle.measure",
+    "method_names": "oracle.measure",
+    "agreement": "oracle.comparison",
+    "noise_ceiling": "oracle.comparison",
+    "read_texts": "oracle.texts",
+    "read_report": "oracle.texts",
     "read_targets": "oracle.targets",
 }
 __all__ = sorted(_HOMES)

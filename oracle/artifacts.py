@@ -40,8 +40,11 @@ def storing(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL_DISK_ERRNOS:
             raise
-        raise StorageError(f"cannot write {path}: {error.strerror}.", "a disk with free space that may be written",
-                           "free some space and run the same command again; it continues after the last finished part.") from error
+        raise StorageError(
+            f"cannot write {path}: {error.strerror}.",
+            "a disk with free space that may be written",
+            "free some space and run the same command again; it continues after the last finished part.",
+        ) from error
 
 
 @contextmanager
@@ -90,11 +93,15 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise MissingFileError(f"there is no file {path}.", "a folder that this project wrote",
-                               "check the path, or run the stage that writes it.") from error
+        raise MissingFileError(
+            f"there is no file {path}.", "a folder that this project wrote", "check the path, or run the stage that writes it."
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}.", "the file as this project wrote it",
-                         "delete it and run the stage that writes it again.") from error
+        raise InputError(
+            f"{path} is not valid JSON: {error}.",
+            "the file as this project wrote it",
+            "delete it and run the stage that writes it again.",
+        ) from error
 
 
 @cache
@@ -125,12 +132,15 @@ def require_same(stored: Mapping[str, Any], asked: Mapping[str, Any], *, where: 
     """
     stored, asked = (json.loads(json.dumps(value, default=str)) for value in (stored, asked))
     keys = sorted(set(stored) | set(asked))
-    differences = [f"{key}: stored {stored.get(key)!r}, asked {asked.get(key)!r}" for key in keys
-                   if stored.get(key) != asked.get(key)]
+    differences = [
+        f"{key}: stored {stored.get(key)!r}, asked {asked.get(key)!r}" for key in keys if stored.get(key) != asked.get(key)
+    ]
     if differences:
-        raise MismatchError(f"{where} holds results made with other options or inputs: " + "; ".join(differences) + ".",
-                            "the same options and inputs as stored",
-                            "repeat the stored options, or name another folder for the new ones.")
+        raise MismatchError(
+            f"{where} holds results made with other options or inputs: " + "; ".join(differences) + ".",
+            "the same options and inputs as stored",
+            "repeat the stored options, or name another folder for the new ones.",
+        )
 
 
 @contextmanager

@@ -19,7 +19,11 @@ from torch import Tensor, nn
 from oracle.artifacts import atomic_folder, read_json, write_json
 from oracle.errors import InputError, MismatchError, MissingFileError
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam, "SGD": torch.optim.SGD}
+OPTIMIZERS: dict[str, Any] = {
+    "AdamW": torch.optim.AdamW,
+    "Adam": torch.optim.Adam,
+    "SGD": torch.optim.SGD,
+}
 _NO_DECAY_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]  # transformers 5.23, Trainer
 
 
@@ -40,9 +44,11 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype) -> tuple[nn.Module,
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         kind = InputError if is_folder else MissingFileError
-        raise kind(f"cannot load a causal language model from {str(path)!r}: {reason}",
-                   "a folder written by save_pretrained, the Trainer or LanguageModel.save, or a name on the Hugging Face hub",
-                   "check the path; for a hub name check that the network reaches the hub.") from error
+        raise kind(
+            f"cannot load a causal language model from {str(path)!r}: {reason}",
+            "a folder written by save_pretrained, the Trainer or LanguageModel.save, or a name on the Hugging Face hub",
+            "check the path; for a hub name check that the network reaches the hub.",
+        ) from error
     return module, tokenizer
 
 
@@ -73,14 +79,16 @@ def _without_bars() -> Iterator[None]:
 def _save_optimizer(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     from safetensors.torch import save_file
 
-    names = {parameter: name for name, parameter in module.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     tensors: dict[str, Tensor] = {}
     for parameter, slots in optimizer.state.items():
         for slot, value in slots.items():
             if value is not None:
                 tensors[f"{slot}::{names[parameter]}"] = torch.as_tensor(value).detach().cpu().contiguous().clone()
-    groups = [{**{key: value for key, value in group.items() if key != "params"}, "params": [names[p] for p in group["params"]]}
-              for group in optimizer.param_groups]
+    groups = [
+        {**{key: value for key, value in group.items() if key != "params"}, "params": [names[p] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
     save_file(tensors, folder / "optimizer.safetensors")
     write_json(folder / "optimizer.json", {"class": type(optimizer).__name__, "groups": groups})
 
@@ -105,15 +113,22 @@ def _load_own(folder: Path, module: nn.Module) -> torch.optim.Optimizer:
     description = read_json(folder / "optimizer.json")
     name = description["class"]
     if name not in OPTIMIZERS:
-        raise InputError(f"{folder} was trained with {name}.", ", ".join(OPTIMIZERS), "build the optimizer yourself and pass it to LanguageModel.")
+        raise InputError(
+            f"{folder} was trained with {name}.",
+            ", ".join(OPTIMIZERS),
+            "build the optimizer yourself and pass it to LanguageModel.",
+        )
     parameters = dict(module.named_parameters())
     missing = [key for group in description["groups"] for key in group["params"] if key not in parameters]
     if missing:
-        raise MismatchError(f"{folder} has optimizer state for {missing[:3]}, which the model lacks.", "the model that was saved with it",
-                            "load the model from the same folder.")
+        raise MismatchError(
+            f"{folder} has optimizer state for {missing[:3]}, which the model lacks.",
+            "the model that was saved with it",
+            "load the model from the same folder.",
+        )
     groups = [{**group, "params": [parameters[key] for key in group["params"]]} for group in description["groups"]]
     lr = groups[0].get("lr", 1e-3)
-    optimizer = OPTIMIZERS[name](groups, lr=lr)
+    optimizer: torch.optim.Optimizer = OPTIMIZERS[name](groups, lr=lr)
     for key, tensor in load_file(folder / "optimizer.safetensors").items():
         slot, parameter_name = key.split("::", 1)
         parameter = parameters[parameter_name]
@@ -133,12 +148,15 @@ def _load_trainer_state(file: Path, module: nn.Module) -> torch.optim.Optimizer:
         order = [[p for name, p in parameters.items() if (name in decayed) is wanted] for wanted in (True, False)]
     sizes, expected = [len(group["params"]) for group in stored["param_groups"]], [len(group) for group in order]
     flat = [parameter for group in order for parameter in group]
-    fits = sizes == expected and all(slots["exp_avg"].shape == flat[int(index)].shape
-                                     for index, slots in stored["state"].items() if "exp_avg" in slots)
+    fits = sizes == expected and all(
+        slots["exp_avg"].shape == flat[int(index)].shape for index, slots in stored["state"].items() if "exp_avg" in slots
+    )
     if not fits:
-        raise MismatchError(f"{file} has parameter groups of {sizes} tensors, the model gives {expected}, or shapes differ.",
-                            "optimizer.pt as the Trainer writes it for this model on one process, unsharded",
-                            "load the optimizer state yourself and pass optimizer=... to LanguageModel.")
+        raise MismatchError(
+            f"{file} has parameter groups of {sizes} tensors, the model gives {expected}, or shapes differ.",
+            "optimizer.pt as the Trainer writes it for this model on one process, unsharded",
+            "load the optimizer state yourself and pass optimizer=... to LanguageModel.",
+        )
     optimizer = torch.optim.AdamW([{"params": group} for group in order if group], lr=1e-3)
     optimizer.load_state_dict({**stored, "param_groups": [group for group in stored["param_groups"] if group["params"]]})
     return optimizer

@@ -33,8 +33,9 @@ class TargetAgreement:
     spearman_within: float | None = None
 
 
-def agreement(labels_a: Labels, labels_b: Labels, *, top_fraction: float = 0.2,
-              groups: Sequence[str] | None = None) -> dict[str, TargetAgreement]:
+def agreement(
+    labels_a: Labels, labels_b: Labels, *, top_fraction: float = 0.2, groups: Sequence[str] | None = None
+) -> dict[str, TargetAgreement]:
     """Compare two label sets on the texts and targets they share.
 
     Args:
@@ -50,15 +51,23 @@ def agreement(labels_a: Labels, labels_b: Labels, *, top_fraction: float = 0.2,
     in_b = set(labels_b.text_ids)
     rows = [row for row, text_id in enumerate(labels_a.text_ids) if text_id in in_b]
     if not names or len(rows) < 3:
-        raise MismatchError(f"the label sets share {len(rows)} texts and the targets {names}.", "at least 3 common texts and one common target",
-                            "measure the same sample on the same targets with both methods.")
+        raise MismatchError(
+            f"the label sets share {len(rows)} texts and the targets {names}.",
+            "at least 3 common texts and one common target",
+            "measure the same sample on the same targets with both methods.",
+        )
     common = [labels_a.text_ids[row] for row in rows]
     first, second = labels_a.take(common), labels_b.take(common)
     kept_groups = None if groups is None else [groups[row] for row in rows]
-    return {name: TargetAgreement(spearman(first.target(name), second.target(name)),
-                                  top_overlap(first.target(name), second.target(name), fraction=top_fraction), len(common),
-                                  None if kept_groups is None else spearman_within(first.target(name), second.target(name), kept_groups))
-            for name in names}
+    return {
+        name: TargetAgreement(
+            spearman(first.target(name), second.target(name)),
+            top_overlap(first.target(name), second.target(name), fraction=top_fraction),
+            len(common),
+            None if kept_groups is None else spearman_within(first.target(name), second.target(name), kept_groups),
+        )
+        for name in names
+    }
 
 
 def noise_ceiling(labels: Labels) -> dict[str, float | None]:
@@ -84,13 +93,18 @@ def noise_ceiling(labels: Labels) -> dict[str, float | None]:
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Return Spearman's rank correlation of two (S,) arrays, ties averaged; 0 where one of them is constant."""
-    from scipy.stats import rankdata
+    """Return Spearman's rank correlation of two (S,) arrays, ties averaged; 0.0 where one of them is constant."""
+    ranks_a, ranks_b = average_ranks(a), average_ranks(b)
+    ranks_a, ranks_b = ranks_a - ranks_a.mean(), ranks_b - ranks_b.mean()
+    norm = np.sqrt((ranks_a @ ranks_a) * (ranks_b @ ranks_b))
+    return float(np.clip(ranks_a @ ranks_b / norm, -1.0, 1.0)) if norm > 0 else 0.0
 
-    ranks_a, ranks_b = rankdata(a), rankdata(b)
-    if ranks_a.std() == 0 or ranks_b.std() == 0:
-        return 0.0
-    return float(np.corrcoef(ranks_a, ranks_b)[0, 1])
+
+def average_ranks(values: np.ndarray) -> np.ndarray:
+    """Return the ranks 1..S of an (S,) array, equal values sharing the mean of their ranks."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last_ranks = np.cumsum(counts)
+    return (last_ranks - (counts - 1) / 2.0)[inverse]
 
 
 def spearman_within(a: np.ndarray, b: np.ndarray, groups: Sequence[str]) -> float | None:

@@ -79,8 +79,11 @@ def encode_texts(texts: Dataset, tokenizer: Any, *, max_tokens: int, too_long: s
     kind = text_format(texts)
     text_ids = list(texts["text_id"])
     if tokenizer is None and kind != "tokens":
-        raise InputError(f"no tokenizer, and the texts are in the {kind!r} format.", "a Hugging Face tokenizer, or texts as input_ids",
-                         "pass tokenizer=... to LanguageModel.")
+        raise InputError(
+            f"no tokenizer, and the texts are in the {kind!r} format.",
+            "a Hugging Face tokenizer, or texts as input_ids",
+            "pass tokenizer=... to LanguageModel.",
+        )
     if kind == "text":
         ids = tokenizer(list(texts["text"]), truncation=False, verbose=False)["input_ids"] if len(texts) else []
         pairs = [(row, list(row)) for row in ids]
@@ -95,28 +98,39 @@ def encode_texts(texts: Dataset, tokenizer: Any, *, max_tokens: int, too_long: s
     longest = max((len(ids) for ids, _ in pairs), default=0)
     if too_long == "refuse" and longest > max_tokens:
         count = sum(len(ids) > max_tokens for ids, _ in pairs)
-        raise InputError(f"{count} of {len(pairs)} texts are longer than {max_tokens} tokens (the longest has {longest}).",
-                         "texts within max_tokens, or too_long='truncate'", "split the texts, raise max_tokens, or allow truncation.")
-    return [EncodedText(text_id, ids[:max_tokens], labels[:max_tokens], len(ids) > max_tokens)
-            for text_id, (ids, labels) in zip(text_ids, pairs, strict=True)]
+        raise InputError(
+            f"{count} of {len(pairs)} texts are longer than {max_tokens} tokens (the longest has {longest}).",
+            "texts within max_tokens, or too_long='truncate'",
+            "split the texts, raise max_tokens, or allow truncation.",
+        )
+    return [
+        EncodedText(text_id, ids[:max_tokens], labels[:max_tokens], len(ids) > max_tokens)
+        for text_id, (ids, labels) in zip(text_ids, pairs, strict=True)
+    ]
 
 
 def _encode_completions(texts: Dataset, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
     prompts = tokenizer(list(texts["prompt"]), verbose=False)["input_ids"]
     completions = tokenizer(list(texts["completion"]), add_special_tokens=False, verbose=False)["input_ids"]
-    return [(prompt + completion, [IGNORED] * len(prompt) + list(completion))
-            for prompt, completion in zip(prompts, completions, strict=True)]
+    return [
+        (prompt + completion, [IGNORED] * len(prompt) + list(completion))
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
 
 
 def _encode_chat(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[int]]:
     """Render with the tokenizer's own template; the assistant's turns are what each of them adds to its prefix."""
     if getattr(tokenizer, "chat_template", None) is None:
-        raise InputError("the texts are chats and the tokenizer has no chat template.", "a tokenizer with a chat_template",
-                         "set tokenizer.chat_template, or give the texts as prompt and completion.")
+        raise InputError(
+            "the texts are chats and the tokenizer has no chat template.",
+            "a tokenizer with a chat_template",
+            "set tokenizer.chat_template, or give the texts as prompt and completion.",
+        )
 
     def render(upto: int, *, open_turn: bool) -> list[int]:
-        rendered = tokenizer.apply_chat_template(list(messages[:upto]), tokenize=True, add_generation_prompt=open_turn,
-                                                 return_dict=True)
+        rendered = tokenizer.apply_chat_template(
+            list(messages[:upto]), tokenize=True, add_generation_prompt=open_turn, return_dict=True
+        )
         return list(rendered["input_ids"])
 
     ids = render(len(messages), open_turn=False)
@@ -126,10 +140,12 @@ def _encode_chat(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[li
             continue
         before, after = render(index, open_turn=True), render(index + 1, open_turn=False)
         if ids[: len(before)] != before or ids[: len(after)] != after:
-            raise InputError("the chat template does not render a conversation as an extension of its beginning.",
-                             "a template whose prefix for the first n messages stays the same when more follow",
-                             "give the texts as prompt and completion, or as input_ids with labels.")
-        labels[len(before):len(after)] = ids[len(before):len(after)]
+            raise InputError(
+                "the chat template does not render a conversation as an extension of its beginning.",
+                "a template whose prefix for the first n messages stays the same when more follow",
+                "give the texts as prompt and completion, or as input_ids with labels.",
+            )
+        labels[len(before) : len(after)] = ids[len(before) : len(after)]
     return ids, labels
 
 

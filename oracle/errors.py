@@ -81,5 +81,8 @@ def check_at_least(option: str, value: float, minimum: float) -> None:
     """Raise `InputError` unless `value` is a number of at least `minimum` (NaN and bool are refused)."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (is_number and value >= minimum):
-        raise InputError(f"{option}={value!r} is too small or not a number.", f"a number of at least {minimum:g}",
-                         f"pass such a value for {option}.")
+        raise InputError(
+            f"{option}={value!r} is too small or not a number.",
+            f"a number of at least {minimum:g}",
+            f"pass such a value for {option}.",
+        )

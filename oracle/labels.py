@@ -48,19 +48,27 @@ class Labels:
     def __post_init__(self) -> None:
         shape = (len(self.text_ids), len(self.target_names))
         if self.values.shape != shape or self.halves.shape != (2, *shape):
-            raise InputError(f"values have shape {self.values.shape} and halves {self.halves.shape} for {shape[0]} text_ids and {shape[1]} targets.",
-                             f"values {shape} and halves {(2, *shape)}", "give one row per text_id and one column per target.")
+            raise InputError(
+                f"values have shape {self.values.shape} and halves {self.halves.shape} for {shape[0]} text_ids "
+                f"and {shape[1]} targets.",
+                f"values {shape} and halves {(2, *shape)}",
+                "give one row per text_id and one column per target.",
+            )
         if not np.isfinite(self.values).all():
             bad = [self.text_ids[row] for row in np.flatnonzero(~np.isfinite(self.values).all(1))[:3]]
-            raise NotFiniteError(f"labels are NaN or infinite, first for the texts {bad}.", "finite labels",
-                                 "remove those texts or find out why their loss is not finite.")
+            raise NotFiniteError(
+                f"labels are NaN or infinite, first for the texts {bad}.",
+                "finite labels",
+                "remove those texts or find out why their loss is not finite.",
+            )
 
     def __len__(self) -> int:
         return len(self.text_ids)
 
     @classmethod
-    def from_values(cls, values: np.ndarray, text_ids: Sequence[str], target_names: Sequence[str], *,
-                    units: str = "nats per target token") -> Labels:
+    def from_values(
+        cls, values: np.ndarray, text_ids: Sequence[str], target_names: Sequence[str], *, units: str = "nats per target token"
+    ) -> Labels:
         """Make labels from values (S, C) that were measured elsewhere, without halves."""
         array = np.asarray(values, dtype=np.float32)
         return cls(array, list(text_ids), list(target_names), units, np.full((2, *array.shape), np.nan, dtype=np.float32))
@@ -74,16 +82,28 @@ class Labels:
         rows = {text_id: row for row, text_id in enumerate(self.text_ids)}
         missing = [text_id for text_id in text_ids if text_id not in rows]
         if missing:
-            raise MismatchError(f"{len(missing)} of {len(text_ids)} texts have no label, first {missing[:3]}.", "texts that were labelled",
-                                "pass the sample that the labels were made for, or label these texts.")
+            raise MismatchError(
+                f"{len(missing)} of {len(text_ids)} texts have no label, first {missing[:3]}.",
+                "texts that were labelled",
+                "pass the sample that the labels were made for, or label these texts.",
+            )
         index = np.array([rows[text_id] for text_id in text_ids], dtype=np.int64)
-        return Labels(self.values[index], list(text_ids), self.target_names, self.units, self.halves[:, index],
-                      {name: column[index] for name, column in self.columns.items()}, self.meta)
+        return Labels(
+            self.values[index],
+            list(text_ids),
+            self.target_names,
+            self.units,
+            self.halves[:, index],
+            {name: column[index] for name, column in self.columns.items()},
+            self.meta,
+        )
 
     def target(self, name: str) -> np.ndarray:
         """Return one target's column, (S,)."""
         if name not in self.target_names:
-            raise InputError(f"no target {name!r}{closest(name, self.target_names)}.", ", ".join(self.target_names), "choose one of these.")
+            raise InputError(
+                f"no target {name!r}{closest(name, self.target_names)}.", ", ".join(self.target_names), "choose one of these."
+            )
         return self.values[:, self.target_names.index(name)]
 
     def save(self, folder: str | Path) -> None:
@@ -106,8 +126,11 @@ class Labels:
 
         folder = Path(folder)
         if not (folder / "labels.parquet").exists():
-            raise MissingFileError(f"there are no complete labels in {folder}.", "a folder with labels.parquet and meta.json",
-                                   "run the labelling there; an interrupted one continues.")
+            raise MissingFileError(
+                f"there are no complete labels in {folder}.",
+                "a folder with labels.parquet and meta.json",
+                "run the labelling there; an interrupted one continues.",
+            )
         meta = read_json(folder / "meta.json")
         names, units = meta.pop("target_names"), meta.pop("units")
         return from_table(pq.read_table(folder / "labels.parquet"), names, units=units, meta=meta)
@@ -127,6 +150,7 @@ def to_table(labels: Labels) -> pa.Table:
 
 def from_table(table: pa.Table, target_names: list[str], *, units: str, meta: dict[str, Any]) -> Labels:
     """Read the layout of `to_table`."""
+
     def column(name: str) -> np.ndarray:
         return np.asarray(table[name].to_numpy(), dtype=np.float32)
 

@@ -51,11 +51,22 @@ class LanguageModel:
         >>> lm.losses(["A text.", "Another one."])                               # doctest: +SKIP
     """
 
-    def __init__(self, module: nn.Module, tokenizer: Any = None, optimizer: torch.optim.Optimizer | None = None, *,
-                 max_tokens: int = 512, device: str | torch.device = "auto", too_long: str = "truncate") -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        tokenizer: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        max_tokens: int = 512,
+        device: str | torch.device = "auto",
+        too_long: str = "truncate",
+    ) -> None:
         if not isinstance(module, nn.Module):
-            raise InputTypeError(f"module is a {type(module).__name__}.", "a torch module, such as a transformers causal model",
-                                 "to load one from a folder or hub name use LanguageModel.from_pretrained(path).")
+            raise InputTypeError(
+                f"module is a {type(module).__name__}.",
+                "a torch module, such as a transformers causal model",
+                "to load one from a folder or hub name use LanguageModel.from_pretrained(path).",
+            )
         check_choice("too_long", too_long, ("truncate", "refuse"))
         self.module, self.tokenizer, self.optimizer = module, tokenizer, optimizer
         self.max_tokens, self.too_long = max_tokens, too_long
@@ -64,8 +75,16 @@ class LanguageModel:
         self._check_fit()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, optimizer: torch.optim.Optimizer | None = None, dtype: str = "float32",
-                        max_tokens: int = 512, device: str | torch.device = "auto", too_long: str = "truncate") -> LanguageModel:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        dtype: str = "float32",
+        max_tokens: int = 512,
+        device: str | torch.device = "auto",
+        too_long: str = "truncate",
+    ) -> LanguageModel:
         """Load a model and tokenizer from a folder or a hub name, and the optimiser state saved beside them.
 
         Args:
@@ -107,9 +126,11 @@ class LanguageModel:
         encoded = encode_texts(dataset, self.tokenizer, max_tokens=self.max_tokens, too_long=self.too_long)
         highest = max((max(text.input_ids) for text in encoded if text.input_ids), default=0)
         if highest >= self.vocabulary_size:
-            raise InputError(f"a text has token id {highest}, the model has {self.vocabulary_size} embeddings.",
-                             "token ids of the tokenizer that the model was trained with",
-                             "use the model's own tokenizer, or resize the embeddings.")
+            raise InputError(
+                f"a text has token id {highest}, the model has {self.vocabulary_size} embeddings.",
+                "token ids of the tokenizer that the model was trained with",
+                "use the model's own tokenizer, or resize the embeddings.",
+            )
         return encoded
 
     def losses(self, texts: Dataset | Sequence[str]) -> np.ndarray:
@@ -141,8 +162,9 @@ class LanguageModel:
         logits = self.module(input_ids=batch.input_ids, use_cache=False).logits[:, :-1]  # (B, L-1, V)
         labels = batch.labels[:, 1:]  # (B, L-1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        flat = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1),
-                                        ignore_index=IGNORED, reduction="none")
+        flat = functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED, reduction="none"
+        )
         return flat.view(labels.shape), labels != IGNORED
 
     def text_losses(self, batch: Batch) -> Tensor:
@@ -184,7 +206,7 @@ class LanguageModel:
         for name, tensor in self.module.state_dict().items():
             _hash_tensor(digest, name, tensor)
         if optimizer and self.optimizer is not None:
-            names = {parameter: name for name, parameter in self.module.named_parameters()}
+            names: dict[Tensor, str] = {parameter: name for name, parameter in self.module.named_parameters()}
             for parameter, slots in sorted(self.optimizer.state.items(), key=lambda item: names.get(item[0], "")):
                 for slot, value in sorted(slots.items()):
                     _hash_tensor(digest, f"{names.get(parameter, '')} {slot}", torch.as_tensor(value))
@@ -209,30 +231,44 @@ class LanguageModel:
         Input embeddings are looked up, not multiplied, and do not count unless the output layer is tied to them.
         A backward pass costs twice a forward one.
         """
-        head = self.module.get_output_embeddings() if hasattr(self.module, "get_output_embeddings") else None
+        module: Any = self.module
+        head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
         embeddings = self._embeddings()
         is_tied = head is not None and head.weight is embeddings.weight
         return 2.0 * (self.num_parameters - (0 if is_tied else embeddings.weight.numel()))
 
     def _embeddings(self) -> Any:
-        if not hasattr(self.module, "get_input_embeddings"):
-            raise InputTypeError(f"{type(self.module).__name__} has no get_input_embeddings().", "a transformers causal language model",
-                                 "give the module these methods of transformers' PreTrainedModel.")
-        return self.module.get_input_embeddings()
+        module: Any = self.module
+        if not hasattr(module, "get_input_embeddings"):
+            raise InputTypeError(
+                f"{type(module).__name__} has no get_input_embeddings().",
+                "a transformers causal language model",
+                "give the module these methods of transformers' PreTrainedModel.",
+            )
+        return module.get_input_embeddings()
 
     def _check_fit(self) -> None:
         if self.tokenizer is not None and len(self.tokenizer) > self.vocabulary_size:
-            raise InputError(f"the tokenizer has {len(self.tokenizer)} tokens, the model {self.vocabulary_size} embeddings.",
-                             "the tokenizer that the model was trained with", "load both from the same folder, or resize the embeddings.")
+            raise InputError(
+                f"the tokenizer has {len(self.tokenizer)} tokens, the model {self.vocabulary_size} embeddings.",
+                "the tokenizer that the model was trained with",
+                "load both from the same folder, or resize the embeddings.",
+            )
         context = getattr(getattr(self.module, "config", None), "max_position_embeddings", None)
         if not 1 < self.max_tokens <= (context or self.max_tokens):
-            raise InputError(f"max_tokens={self.max_tokens}, and the model's context is {context} tokens.",
-                             f"from 2 to {context or 'the context'}", "pass max_tokens within the context.")
+            raise InputError(
+                f"max_tokens={self.max_tokens}, and the model's context is {context} tokens.",
+                f"from 2 to {context or 'the context'}",
+                "pass max_tokens within the context.",
+            )
         if self.optimizer is not None:
             own = set(self.module.parameters())
             if not any(parameter in own for group in self.optimizer.param_groups for parameter in group["params"]):
-                raise InputError("the optimizer holds none of the model's parameters.", "the optimizer that trains this module",
-                                 "build it from module.parameters() after the module has its final form.")
+                raise InputError(
+                    "the optimizer holds none of the model's parameters.",
+                    "the optimizer that trains this module",
+                    "build it from module.parameters() after the module has its final form.",
+                )
 
 
 def _choose_device(module: nn.Module, optimizer: torch.optim.Optimizer | None, device: str | torch.device) -> torch.device:
@@ -241,7 +277,9 @@ def _choose_device(module: nn.Module, optimizer: torch.optim.Optimizer | None, d
         try:
             return torch.device(device)
         except RuntimeError as error:
-            raise InputError(f"device={device!r} is not a torch device.", "'auto', 'cpu', 'cuda', 'cuda:0', ...", "choose one.") from error
+            raise InputError(
+                f"device={device!r} is not a torch device.", "'auto', 'cpu', 'cuda', 'cuda:0', ...", "choose one."
+            ) from error
     if current.type == "cpu" and optimizer is None and torch.cuda.is_available():
         return torch.device("cuda")
     return current

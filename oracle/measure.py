@@ -29,7 +29,7 @@ from oracle.targets import TargetSet, read_targets
 from oracle.texts import read_texts
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    pass
 
 METHODS = "oracle.methods"
 IDENTITY_FILE = "identity.json"
@@ -39,8 +39,19 @@ class UnlabelableTextWarning(UserWarning):
     """Texts without a target token, or cut at the model's limit."""
 
 
-def label(lm: LanguageModel, sample: Any, targets: Any, *, method: str = "one_step", workdir: str | Path | None = None,
-          seed: int = 0, max_target_texts: int | None = None, halves: bool = True, block_size: int = 32, **options: Any) -> Labels:
+def label(
+    lm: LanguageModel,
+    sample: Any,
+    targets: Any,
+    *,
+    method: str = "one_step",
+    workdir: str | Path | None = None,
+    seed: int = 0,
+    max_target_texts: int | None = None,
+    halves: bool = True,
+    block_size: int = 32,
+    **options: Any,
+) -> Labels:
     """Measure the influence of every text of a sample on every target set.
 
     Args:
@@ -67,13 +78,24 @@ def label(lm: LanguageModel, sample: Any, targets: Any, *, method: str = "one_st
         >>> labels = oracle.label(lm, sample, {"math": "math_dev.jsonl"}, method="grad_dot", workdir="labels")  # doctest: +SKIP
     """
     if not isinstance(lm, LanguageModel):
-        raise InputTypeError(f"lm is a {type(lm).__name__}.", "an oracle.LanguageModel", "wrap the module: LanguageModel(module, tokenizer, optimizer).")
+        raise InputTypeError(
+            f"lm is a {type(lm).__name__}.",
+            "an oracle.LanguageModel",
+            "wrap the module: LanguageModel(module, tokenizer, optimizer).",
+        )
     check_at_least("block_size", block_size, 1)
     oracle_method = plugins.create(METHODS, method, options)
     texts = read_texts(sample)
     target_sets = read_targets(targets, max_texts=max_target_texts, seed=seed)
-    identity = _identity(lm, target_sets, method, seed=seed, halves=halves, options=plugins.options_of(oracle_method),
-                         needs_optimizer=lm.optimizer is not None)
+    identity = _identity(
+        lm,
+        target_sets,
+        method,
+        seed=seed,
+        halves=halves,
+        options=plugins.options_of(oracle_method),
+        needs_optimizer=lm.optimizer is not None,
+    )
     store = _Store(Path(workdir) if workdir is not None else None, [target.name for target in target_sets], identity)
     if store.is_complete(texts["text_id"]):
         return store.finished(texts["text_id"])
@@ -85,8 +107,13 @@ def label(lm: LanguageModel, sample: Any, targets: Any, *, method: str = "one_st
             oracle_method.prepare(lm, columns)
         num_measured = _measure_blocks(oracle_method, encoded, store, block_size=block_size)
         cost["label_seconds"] = store.seconds
-    meta = {**identity, **_counts(encoded, columns), "facts": oracle_method.facts(),
-            "cost": _cost(oracle_method, encoded, columns, seconds=cost, num_measured=num_measured), "provenance": provenance()}
+    meta = {
+        **identity,
+        **_counts(encoded, columns),
+        "facts": oracle_method.facts(),
+        "cost": _cost(oracle_method, encoded, columns, seconds=cost, num_measured=num_measured),
+        "provenance": provenance(),
+    }
     return store.finish(texts["text_id"], units=oracle_method.units, meta=meta)
 
 
@@ -131,7 +158,10 @@ class _Store:
         return self.blocks[0].take(list(text_ids))
 
     def add(self, block: Labels, *, seconds: float) -> None:
-        """Keep a block; with a folder, on disk before anything else is measured. The seconds go beside it, so that its bytes stay the same."""
+        """Keep a block; with a folder, on disk before anything else is measured.
+
+        The seconds go into a file of their own, so that the block's bytes stay the same.
+        """
         self.blocks.append(block)
         self.seconds += seconds
         if self.folder is not None:
@@ -163,7 +193,7 @@ def _measure_blocks(method: Any, encoded: list[EncodedText], store: _Store, *, b
     num_measured = 0
     with track(f"label ({method.plugin_name})", len(encoded)) as tracker:
         for start in range(0, len(encoded), block_size):
-            block = encoded[start:start + block_size]
+            block = encoded[start : start + block_size]
             missing = [text for text in block if text.text_id not in done]
             if missing:
                 start_seconds = time.perf_counter()
@@ -183,36 +213,73 @@ def _as_labels(measured: Measured, encoded: list[EncodedText], target_names: lis
             columns.update({f"{name}.{target}": column[:, index].astype(np.float32) for index, target in enumerate(target_names)})
     rows = np.flatnonzero(~np.isfinite(measured.values).all(1))
     if len(rows):
-        raise NotFiniteError(f"the influence of {len(rows)} texts is NaN or infinite, first {[encoded[row].text_id for row in rows[:3]]}.",
-                             "texts with finite losses and gradients",
-                             "remove these texts from the sample or load the model in float32; the blocks finished before are kept.")
-    return Labels(measured.values.astype(np.float32), [text.text_id for text in encoded], target_names, "",
-                  measured.halves.astype(np.float32), columns)
+        raise NotFiniteError(
+            f"the influence of {len(rows)} texts is NaN or infinite, first {[encoded[row].text_id for row in rows[:3]]}.",
+            "texts with finite losses and gradients",
+            "remove these texts from the sample or load the model in float32; the blocks finished before are kept.",
+        )
+    return Labels(
+        measured.values.astype(np.float32),
+        [text.text_id for text in encoded],
+        target_names,
+        "",
+        measured.halves.astype(np.float32),
+        columns,
+    )
 
 
-def _identity(lm: LanguageModel, targets: Sequence[TargetSet], method: str, *, seed: int, halves: bool, options: dict[str, Any],
-              needs_optimizer: bool) -> dict[str, Any]:
+def _identity(
+    lm: LanguageModel,
+    targets: Sequence[TargetSet],
+    method: str,
+    *,
+    seed: int,
+    halves: bool,
+    options: dict[str, Any],
+    needs_optimizer: bool,
+) -> dict[str, Any]:
     """What must be the same for stored labels to be gone on with."""
-    return {"method": method, "options": options, "seed": seed, "halves": halves,
-            "checkpoint": lm.fingerprint(optimizer=needs_optimizer), "max_tokens": lm.max_tokens, "device": lm.device.type,
-            "targets": {target.name: target.fingerprint for target in targets},
-            "num_target_texts": {target.name: len(target.texts) for target in targets}}
+    return {
+        "method": method,
+        "options": options,
+        "seed": seed,
+        "halves": halves,
+        "checkpoint": lm.fingerprint(optimizer=needs_optimizer),
+        "max_tokens": lm.max_tokens,
+        "device": lm.device.type,
+        "targets": {target.name: target.fingerprint for target in targets},
+        "num_target_texts": {target.name: len(target.texts) for target in targets},
+    }
 
 
 def _counts(encoded: Sequence[EncodedText], columns: TargetColumns) -> dict[str, int]:
-    counts = {"num_texts": len(encoded), "num_truncated": sum(text.was_truncated for text in encoded),
-              "num_without_target_token": sum(text.num_targets == 0 for text in encoded),
-              "num_target_texts_truncated": columns.num_truncated}
-    told = [f"{counts[key]} of {len(encoded)} {what}" for key, what in
-            (("num_truncated", "texts were cut at max_tokens"), ("num_without_target_token", "texts have no target token (their gradient is zero)"))
-            if counts[key]]
+    counts = {
+        "num_texts": len(encoded),
+        "num_truncated": sum(text.was_truncated for text in encoded),
+        "num_without_target_token": sum(text.num_targets == 0 for text in encoded),
+        "num_target_texts_truncated": columns.num_truncated,
+    }
+    told = [
+        f"{counts[key]} of {len(encoded)} {what}"
+        for key, what in (
+            ("num_truncated", "texts were cut at max_tokens"),
+            ("num_without_target_token", "texts have no target token (their gradient is zero)"),
+        )
+        if counts[key]
+    ]
     if told:
         warnings.warn("; ".join(told) + ".", UnlabelableTextWarning, stacklevel=3)
     return counts
 
 
-def _cost(method: Any, encoded: Sequence[EncodedText], columns: TargetColumns, *, seconds: dict[str, float], num_measured: int) -> dict[str, Any]:
+def _cost(
+    method: Any, encoded: Sequence[EncodedText], columns: TargetColumns, *, seconds: dict[str, float], num_measured: int
+) -> dict[str, Any]:
     flops = sum(method.flops(len(text.input_ids), columns) for text in encoded)
-    return {**{name: round(value, 3) for name, value in seconds.items()}, "num_measured_now": num_measured, "label_flops": flops,
-            "prepare_flops": 3 * method.lm_.forward_flops_per_token * columns.num_tokens,
-            "num_tokens": sum(len(text.input_ids) for text in encoded)}
+    return {
+        **{name: round(value, 3) for name, value in seconds.items()},
+        "num_measured_now": num_measured,
+        "label_flops": flops,
+        "prepare_flops": 3 * method.lm_.forward_flops_per_token * columns.num_tokens,
+        "num_tokens": sum(len(text.input_ids) for text in encoded),
+    }

@@ -38,9 +38,14 @@ def load(package: str, name: str) -> type:
     """
     check_choice(package.rpartition(".")[2].removesuffix("s"), name, names(package))
     module = importlib.import_module(f"{package}.{name}")
-    classes = [member for member in vars(module).values() if inspect.isclass(member)
-               and member.__module__ == module.__name__ and dataclasses.is_dataclass(member)
-               and getattr(member, "plugin_name", None) == name]
+    classes = [
+        member
+        for member in vars(module).values()
+        if inspect.isclass(member)
+        and member.__module__ == module.__name__
+        and dataclasses.is_dataclass(member)
+        and getattr(member, "plugin_name", None) == name
+    ]
     assert len(classes) == 1, f"{module.__name__} must define one dataclass with plugin_name = {name!r}"
     return classes[0]
 
@@ -55,8 +60,11 @@ def create(package: str, name: str, options: dict[str, Any]) -> Any:
     accepted = [field.name for field in dataclasses.fields(plugin) if field.init]
     for key in options:
         if key not in accepted:
-            raise InputError(f"{name!r} has no option {key!r}{closest(key, accepted)}.", ", ".join(accepted) or "no options",
-                             "remove the option or correct its name.")
+            raise InputError(
+                f"{name!r} has no option {key!r}{closest(key, accepted)}.",
+                ", ".join(accepted) or "no options",
+                "remove the option or correct its name.",
+            )
     return plugin(**options)
 
 
@@ -77,7 +85,20 @@ def describe(package: str, name: str) -> dict[str, Any]:
             sections[current] = ""
         elif current and line.startswith(" "):
             sections[current] = f"{sections[current]} {line.strip()}".strip()
-    options = [{"name": field.name, "default": None if field.default is dataclasses.MISSING else field.default,
-                "help": field.metadata.get("help", "")} for field in dataclasses.fields(plugin) if field.init]
-    return {"name": name, "summary": lines[0] if lines else "", "paper": sections.get("paper", ""),
-            "cost": sections.get("cost", ""), "limit": sections.get("limit", ""), "options": options}
+    options = [
+        {
+            "name": field.name,
+            "default": None if field.default is dataclasses.MISSING else field.default,
+            "help": field.metadata.get("help", ""),
+        }
+        for field in dataclasses.fields(plugin)
+        if field.init
+    ]
+    return {
+        "name": name,
+        "summary": lines[0] if lines else "",
+        "paper": sections.get("paper", ""),
+        "cost": sections.get("cost", ""),
+        "limit": sections.get("limit", ""),
+        "options": options,
+    }

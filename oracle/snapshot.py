@@ -17,8 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_HOOK_TABLES = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-                "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")
+_HOOK_TABLES = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,9 @@ def take_snapshot(module: nn.Module, optimizer: torch.optim.Optimizer | None, *,
     saved_optimizer = None
     if optimizer is not None and weights:
         state = {parameter: {key: _clone(value) for key, value in slots.items()} for parameter, slots in optimizer.state.items()}
-        groups = [{key: copy.deepcopy(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        groups = [
+            {key: copy.deepcopy(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        ]
         saved_optimizer = (state, groups)
     parameters = dict(module.named_parameters())
     return Snapshot(
@@ -113,8 +122,12 @@ def _clone(value: Any) -> Any:
 
 def _random_state() -> dict[str, Any]:
     has_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if has_cuda else None}
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if has_cuda else None,
+    }
 
 
 def _set_random_state(state: dict[str, Any]) -> None:

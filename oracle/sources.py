@@ -35,19 +35,27 @@ from oracle.errors import InputError, InputTypeError, MissingFileError, MissingP
 if TYPE_CHECKING:
     import datasets
 
-Source: TypeAlias = ("str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Iterable[str | Mapping[str, Any]]"
-                     " | datasets.Dataset | datasets.DatasetDict")
+Source: TypeAlias = (
+    "str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Iterable[str | Mapping[str, Any]]"
+    " | datasets.Dataset | datasets.DatasetDict"
+)
 Column: TypeAlias = "list[Any] | pa.ChunkedArray"
 Rows: TypeAlias = "list[dict[str, Any]]"
 
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 ARROW_ENDINGS = (".arrow", ".feather")
 PACKED_ENDINGS = (".gz", ".zst", ".bz2", ".xz")
-FILE_ENDINGS = (*JSON_ENDINGS, *(json_ending + packed for json_ending in JSON_ENDINGS for packed in PACKED_ENDINGS),
-                ".parquet", *ARROW_ENDINGS)
+FILE_ENDINGS = (
+    *JSON_ENDINGS,
+    *(json_ending + packed for json_ending in JSON_ENDINGS for packed in PACKED_ENDINGS),
+    ".parquet",
+    *ARROW_ENDINGS,
+)
 ACCEPTED_ENDINGS = f"{', '.join(JSON_ENDINGS)} (also packed: {', '.join(PACKED_ENDINGS)}), .parquet, {', '.join(ARROW_ENDINGS)}"
-ACCEPTED_SOURCES = (f"a path, glob or URL of files ending in {ACCEPTED_ENDINGS}; a folder written by Dataset.save_to_disk; "
-                    "a Dataset; a list of strings or of dicts; a hub dataset named 'org/name'")
+ACCEPTED_SOURCES = (
+    f"a path, glob or URL of files ending in {ACCEPTED_ENDINGS}; a folder written by Dataset.save_to_disk; "
+    "a Dataset; a list of strings or of dicts; a hub dataset named 'org/name'"
+)
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 BROKEN_ARCHIVE_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
 MAX_PATH_CHARS = 4096  # PATH_MAX on Linux; asking the disk about a longer text raises
@@ -112,15 +120,17 @@ def _left(limit: int | None, parts: Sequence[Rows | pa.Table]) -> int | None:
 
 def _check_split_unused(split: str) -> None:
     if split != "train":
-        raise InputError(f"split={split!r} has no effect on this source.", "a split of a hub dataset or of a DatasetDict",
-                         "leave split out.")
+        raise InputError(
+            f"split={split!r} has no effect on this source.", "a split of a hub dataset or of a DatasetDict", "leave split out."
+        )
 
 
 def _pick_split(splits: Mapping[str, datasets.Dataset], split: str) -> datasets.Dataset:
     """Return one split, formatted as arrow."""
     if split not in splits:
-        raise InputError(f"there is no split {split!r}{closest(split, splits)}.", ", ".join(splits),
-                         "choose one of these for split.")
+        raise InputError(
+            f"there is no split {split!r}{closest(split, splits)}.", ", ".join(splits), "choose one of these for split."
+        )
     return splits[split].with_format("arrow")
 
 
@@ -133,9 +143,11 @@ def _merge(parts: Sequence[Rows | pa.Table], description: str) -> Material:
         try:
             table = tables[0] if len(tables) == 1 else pa.concat_tables(tables, promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise InputError(f"{description}: the files disagree on the type of a column: {error}.",
-                             "files in which a column of one name has one type",
-                             "unify the types, or read the files one by one.") from error
+            raise InputError(
+                f"{description}: the files disagree on the type of a column: {error}.",
+                "files in which a column of one name has one type",
+                "unify the types, or read the files one by one.",
+            ) from error
         columns = {name: table[name] for name in table.column_names}
         return Material(columns, table.num_rows, description, dict(datasets.Features.from_arrow_schema(table.schema)))
     rows = [row for part in parts for row in (part.to_pylist() if isinstance(part, pa.Table) else part)]
@@ -149,8 +161,11 @@ def _read_location(location: str, split: str, limit: int | None) -> list[Rows | 
         filesystem, path = fsspec.url_to_fs(location)
     except ImportError as error:
         protocol = location.partition("://")[0]
-        raise MissingPackageError(f"reading {location} needs a package: {error}.", f"an fsspec file system for {protocol}://",
-                                  "install it, for example: pip install s3fs (s3), gcsfs (gs) or adlfs (az).") from error
+        raise MissingPackageError(
+            f"reading {location} needs a package: {error}.",
+            f"an fsspec file system for {protocol}://",
+            "install it, for example: pip install s3fs (s3), gcsfs (gs) or adlfs (az).",
+        ) from error
     except ValueError as error:
         raise InputError(f"{location} cannot be opened: {error}.", ACCEPTED_SOURCES, "correct the URL's protocol.") from error
     if filesystem.exists(path):
@@ -182,14 +197,20 @@ def _missing(filesystem: fsspec.AbstractFileSystem, path: str, location: str) ->
     if isinstance(filesystem, (LocalFileSystem, MemoryFileSystem)) and filesystem.isdir(parent or "/"):
         siblings = sorted(sibling.rstrip("/").rpartition("/")[2] for sibling in filesystem.ls(parent or "/", detail=False))
     shown = f" The folder holds {', '.join(siblings[:8])}{', ...' if len(siblings) > 8 else ''}." if siblings else ""
-    return MissingFileError(f"there is no file or folder {location}{closest(name, siblings)}.{shown}", ACCEPTED_SOURCES,
-                            "correct the path; texts themselves are passed as a list of strings.")
+    return MissingFileError(
+        f"there is no file or folder {location}{closest(name, siblings)}.{shown}",
+        ACCEPTED_SOURCES,
+        "correct the path; texts themselves are passed as a list of strings.",
+    )
 
 
 def _may_be_on_hub(location: str) -> bool:
     """Tell a hub name from a mistyped path: a folder of the organisation's name means a path."""
-    return bool(HUB_NAME.fullmatch(location)) and not location.lower().endswith(FILE_ENDINGS) \
+    return (
+        bool(HUB_NAME.fullmatch(location))
+        and not location.lower().endswith(FILE_ENDINGS)
         and not os.path.isdir(location.partition("/")[0])
+    )
 
 
 def _hub_dataset(name: str, split: str) -> datasets.Dataset:
@@ -201,12 +222,18 @@ def _hub_dataset(name: str, split: str) -> datasets.Dataset:
     try:
         return datasets.load_dataset(name, split=split).with_format("arrow")
     except OSError as error:
-        raise MissingFileError(f"there is no local file or folder {name!r}{hint}, and no dataset of that name was reached on the "
-                               f"Hugging Face hub: {error}.", accepted,
-                               "correct the path or name; without a network, pass local files or a loaded Dataset.") from error
+        raise MissingFileError(
+            f"there is no local file or folder {name!r}{hint}, and no dataset of that name was reached on the "
+            f"Hugging Face hub: {error}.",
+            accepted,
+            "correct the path or name; without a network, pass local files or a loaded Dataset.",
+        ) from error
     except (ValueError, RuntimeError) as error:
-        raise InputError(f"the hub dataset {name!r} cannot be loaded with split={split!r}: {error}.", accepted,
-                         "correct split, or load it with datasets.load_dataset and pass the Dataset.") from error
+        raise InputError(
+            f"the hub dataset {name!r} cannot be loaded with split={split!r}: {error}.",
+            accepted,
+            "correct split, or load it with datasets.load_dataset and pass the Dataset.",
+        ) from error
 
 
 def _read_folder(filesystem: fsspec.AbstractFileSystem, path: str, split: str) -> datasets.Dataset:
@@ -219,36 +246,51 @@ def _read_folder(filesystem: fsspec.AbstractFileSystem, path: str, split: str) -
     if filesystem.exists(f"{path}/state.json"):
         _check_split_unused(split)
         return datasets.load_from_disk(url).with_format("arrow")
-    endings = sorted({ending for name in filesystem.ls(path, detail=False) for ending in FILE_ENDINGS
-                      if name.lower().endswith(ending)})
+    endings = sorted(
+        {ending for name in filesystem.ls(path, detail=False) for ending in FILE_ENDINGS if name.lower().endswith(ending)}
+    )
     globs = " or ".join(f"{path}/*{ending}" for ending in endings)
-    raise InputError(f"the folder {path} was not written by Dataset.save_to_disk.", ACCEPTED_SOURCES,
-                     f"name the files in it: {globs}." if globs else "name a folder or files that hold texts.")
+    raise InputError(
+        f"the folder {path} was not written by Dataset.save_to_disk.",
+        ACCEPTED_SOURCES,
+        f"name the files in it: {globs}." if globs else "name a folder or files that hold texts.",
+    )
 
 
 def _read_file(filesystem: fsspec.AbstractFileSystem, path: str, limit: int | None) -> Rows | pa.Table:
     name = path.lower()
     if not name.endswith(FILE_ENDINGS):
-        raise InputError(f"{path} has an ending that is not known.", ACCEPTED_ENDINGS,
-                         "convert the file, or load it yourself and pass a Dataset or a list of dicts.")
+        raise InputError(
+            f"{path} has an ending that is not known.",
+            ACCEPTED_ENDINGS,
+            "convert the file, or load it yourself and pass a Dataset or a list of dicts.",
+        )
     with filesystem.open(path, "rb") as raw:
         if name.endswith(".parquet") or name.endswith(ARROW_ENDINGS):
             try:
                 return _read_parquet(raw, limit) if name.endswith(".parquet") else _read_arrow(raw).slice(0, limit)
             except pa.ArrowInvalid as error:
-                raise InputError(f"{path} cannot be parsed: {error}.", "a complete parquet, arrow or feather file",
-                                 "write the file again.") from error
+                raise InputError(
+                    f"{path} cannot be parsed: {error}.", "a complete parquet, arrow or feather file", "write the file again."
+                ) from error
         packing = infer_compression(name)
         try:
             # fsspec takes whichever zstd package it finds, and each has its own error; this one also joins frames
-            unpacked = raw if packing is None else (
-                zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) if packing == "zstd"
-                else compr[packing](raw, mode="rb"))
+            unpacked = (
+                raw
+                if packing is None
+                else (
+                    zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+                    if packing == "zstd"
+                    else compr[packing](raw, mode="rb")
+                )
+            )
             lines = io.TextIOWrapper(unpacked, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
             return _read_json(lines, path, limit=limit, may_be_array=".json" in (name[-5:], name.rpartition(".")[0][-5:]))
         except BROKEN_ARCHIVE_ERRORS as error:
-            raise InputError(f"{path} cannot be unpacked: {error}.", f"a complete {packing} file",
-                             "write the file again.") from error
+            raise InputError(
+                f"{path} cannot be unpacked: {error}.", f"a complete {packing} file", "write the file again."
+            ) from error
 
 
 def _read_parquet(raw: IO[bytes], limit: int | None) -> pa.Table:
@@ -282,12 +324,18 @@ def _read_json(lines: IO[str], path: str, *, limit: int | None, may_be_array: bo
             values = _parse(line + lines.read(), f"{path}, from line {number}")
             if isinstance(values, list) and all(isinstance(value, dict) for value in values):
                 return values[:limit]
-            raise InputError(f"{path} holds a list, but not of objects.", "a JSON list of objects, or one object per line",
-                             "wrap each text: {\"text\": ...}.")
+            raise InputError(
+                f"{path} holds a list, but not of objects.",
+                "a JSON list of objects, or one object per line",
+                'wrap each text: {"text": ...}.',
+            )
         row = _parse(line, f"{path}, line {number}")
         if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: a {type(row).__name__} stands where an object is needed.",
-                             "one JSON object per line", "wrap each text: {\"text\": ...}.")
+            raise InputError(
+                f"{path}, line {number}: a {type(row).__name__} stands where an object is needed.",
+                "one JSON object per line",
+                'wrap each text: {"text": ...}.',
+            )
         rows.append(row)
         if len(rows) == limit:
             break
@@ -298,5 +346,8 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise InputError(f"{where}: not valid JSON: {error}.", "one JSON object per line",
-                         "correct or remove this line; a file that was cut short has to be written again.") from error
+        raise InputError(
+            f"{where}: not valid JSON: {error}.",
+            "one JSON object per line",
+            "correct or remove this line; a file that was cut short has to be written again.",
+        ) from error

@@ -78,7 +78,9 @@ class TargetColumns:
             NotFiniteError: A gradient is NaN or infinite.
         """
         parameters = {name: p for name, p in lm.module.named_parameters() if p.requires_grad}
-        result = {name: torch.zeros(len(self.parts), *p.shape, dtype=torch.float32, device=p.device) for name, p in parameters.items()}
+        result = {
+            name: torch.zeros(len(self.parts), *p.shape, dtype=torch.float32, device=p.device) for name, p in parameters.items()
+        }
         for batch, part in zip(self.batches, self.batch_parts, strict=True):
             losses, _ = lm.token_losses(batch)
             loss = losses.sum() / float(self.part_tokens[part])
@@ -88,8 +90,11 @@ class TargetColumns:
                     result[name][part] += gradient.float()
         bad = [name for name, gradient in result.items() if not bool(torch.isfinite(gradient).all())]
         if bad:
-            raise NotFiniteError(f"the target gradient of {bad[0]} (and {len(bad) - 1} more) is NaN or infinite.", "finite gradients",
-                                 "check the checkpoint (did training diverge?) or load it in float32.")
+            raise NotFiniteError(
+                f"the target gradient of {bad[0]} (and {len(bad) - 1} more) is NaN or infinite.",
+                "finite gradients",
+                "check the checkpoint (did training diverge?) or load it in float32.",
+            )
         return result
 
 
@@ -114,16 +119,23 @@ def prepare_targets(lm: LanguageModel, targets: Sequence[TargetSet], *, seed: in
         encoded = lm.encode(target.texts)
         num_truncated += sum(text.was_truncated for text in encoded)
         in_first = split_halves(target, seed=seed) if halves else np.ones(len(encoded), dtype=bool)
-        groups = [[text for text, first in zip(encoded, in_first, strict=True) if first == wanted and text.num_targets] for wanted in (True, False)]
+        groups = [
+            [text for text, first in zip(encoded, in_first, strict=True) if first == wanted and text.num_targets]
+            for wanted in (True, False)
+        ]
         groups = [group for group in groups if group]
         if not groups:
-            raise InputError(f"target set {target.name!r}: none of its {len(encoded)} texts has a target token within {lm.max_tokens} tokens.",
-                             "texts of at least two tokens; for prompt and completion, a completion that is not cut off",
-                             "raise max_tokens, shorten the prompts, or check the columns of the target set.")
+            raise InputError(
+                f"target set {target.name!r}: none of its {len(encoded)} texts has a target token within {lm.max_tokens} tokens.",
+                "texts of at least two tokens; for prompt and completion, a completion that is not cut off",
+                "raise max_tokens, shorten the prompts, or check the columns of the target set.",
+            )
         for group in groups:
             parts.append(target_index)
             part_tokens.append(sum(text.num_targets for text in group))
             group_batches = list(lm.batches(group))
             batches += group_batches
             batch_parts += [len(parts) - 1] * len(group_batches)
-    return TargetColumns([target.name for target in targets], parts, np.array(part_tokens, dtype=np.float64), batches, batch_parts, num_truncated)
+    return TargetColumns(
+        [target.name for target in targets], parts, np.array(part_tokens, dtype=np.float64), batches, batch_parts, num_truncated
+    )

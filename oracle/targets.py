@@ -69,8 +69,11 @@ def read_targets(targets: Targets, *, max_texts: int | None = None, seed: int = 
     named = _by_name(targets)
     for name in named:
         if not isinstance(name, str) or not TARGET_NAME.fullmatch(name):
-            raise InputError(f"{name!r} cannot be the name of a target set.", "one or more of letters, digits, '_', '-' and '.'",
-                             "rename the target set.")
+            raise InputError(
+                f"{name!r} cannot be the name of a target set.",
+                "one or more of letters, digits, '_', '-' and '.'",
+                "rename the target set.",
+            )
     if not named:
         raise InputError("there is no target set.", "a mapping such as {'math': texts}", "name at least one target set.")
     return [_take(_read(name, source), max_texts, seed) for name, source in named.items()]
@@ -98,12 +101,18 @@ def _by_name(targets: Targets) -> Mapping[str, Source | TargetSet]:
     if not isinstance(sets, (list, tuple)) or not any(isinstance(item, TargetSet) for item in sets):
         return {DEFAULT_NAME: targets}
     if not all(isinstance(item, TargetSet) for item in sets):
-        raise InputError("the list of targets mixes TargetSets and other things.", "a mapping of name to source or TargetSet",
-                         "give every target set a name in a mapping.")
+        raise InputError(
+            "the list of targets mixes TargetSets and other things.",
+            "a mapping of name to source or TargetSet",
+            "give every target set a name in a mapping.",
+        )
     named = {item.name: item for item in sets}
     if len(named) < len(sets):
-        raise InputError(f"two target sets have the same name among {', '.join(item.name for item in sets)}.", "distinct names",
-                         "rename one of them, for example in a mapping.")
+        raise InputError(
+            f"two target sets have the same name among {', '.join(item.name for item in sets)}.",
+            "distinct names",
+            "rename one of them, for example in a mapping.",
+        )
     return named
 
 

@@ -31,20 +31,29 @@ def choose_format(material: Material, text_column: str, format_name: str) -> str
     """Settle the format and check that its columns are there."""
     names = list(material.columns)
     if not material.num_rows:
-        raise InputError(f"{material.description} holds no texts.", f"texts in the columns {ACCEPTED_COLUMNS}",
-                         "check that this is the right source.")
+        raise InputError(
+            f"{material.description} holds no texts.",
+            f"texts in the columns {ACCEPTED_COLUMNS}",
+            "check that this is the right source.",
+        )
     if text_column != "text":
         if text_column in names:
             return "text"
-        raise InputError(f"{material.description} has no column {text_column!r}{closest(text_column, names)}.", ", ".join(names),
-                         "choose one of these for text_column.")
+        raise InputError(
+            f"{material.description} has no column {text_column!r}{closest(text_column, names)}.",
+            ", ".join(names),
+            "choose one of these for text_column.",
+        )
     if format_name != "auto":
         missing = [name for name in FORMATS[format_name] if name not in names]
         if not missing:
             return format_name
-        raise InputError(f"format={format_name!r} needs the column {missing[0]!r}{closest(missing[0], names)}; "
-                         f"{material.description} has {', '.join(names)}.", ACCEPTED_COLUMNS,
-                         "choose another format, rename the columns, or name the text's column in text_column.")
+        raise InputError(
+            f"format={format_name!r} needs the column {missing[0]!r}{closest(missing[0], names)}; "
+            f"{material.description} has {', '.join(names)}.",
+            ACCEPTED_COLUMNS,
+            "choose another format, rename the columns, or name the text's column in text_column.",
+        )
     if TEXT_ID in names:
         known = format_by_id({name: column[:1] for name, column in material.columns.items()})
         if known is not None:
@@ -54,9 +63,11 @@ def choose_format(material: Material, text_column: str, format_name: str) -> str
             only_completions = candidate == "completion" and not any(column_values(material.columns["prompt"]))
             return "text" if only_completions and "text" in names else candidate
     hints = {closest(name, names) for columns in FORMATS.values() for name in columns} - {""}
-    raise InputError(f"{material.description} has no column that holds texts; its columns are "
-                     f"{', '.join(names)}{min(hints, default='')}.", ACCEPTED_COLUMNS,
-                     "name the column in text_column, or rename the columns.")
+    raise InputError(
+        f"{material.description} has no column that holds texts; its columns are {', '.join(names)}{min(hints, default='')}.",
+        ACCEPTED_COLUMNS,
+        "name the column in text_column, or rename the columns.",
+    )
 
 
 def format_by_id(first: dict[str, Column]) -> str | None:
@@ -132,8 +143,11 @@ def _chat_parts(messages: object) -> list[bytes]:
         raise _Rejected("empty")
     parts, said = [], []
     for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) \
-                or not isinstance(message.get("content"), str):
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or not isinstance(message.get("content"), str)
+        ):
             raise _Rejected("message without role or content")
         parts += [_encode(message["role"]), _encode(message["content"])]
         said += [message["content"]] if message["role"] == "assistant" else []
@@ -157,15 +171,15 @@ def _token_lists(column: Column) -> Iterator[object]:
             continue
         ids = chunk.values.to_numpy(zero_copy_only=False).astype(TOKEN_TYPE, copy=False)
         offsets, present = chunk.offsets.to_pylist(), chunk.is_valid().to_pylist()
-        yield from (ids[start:end] if valid else None
-                    for start, end, valid in zip(offsets, offsets[1:], present, strict=False))
+        yield from (ids[start:end] if valid else None for start, end, valid in zip(offsets, offsets[1:], present, strict=False))
 
 
 def _token_array(value: object) -> np.ndarray:
     if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "iu":
         return value.astype(TOKEN_TYPE, copy=False)
-    if not isinstance(value, (list, tuple)) or not all(isinstance(item, (int, np.integer)) and not isinstance(item, bool)
-                                                       and -(2**63) <= item < 2**63 for item in value):
+    if not isinstance(value, (list, tuple)) or not all(
+        isinstance(item, (int, np.integer)) and not isinstance(item, bool) and -(2**63) <= item < 2**63 for item in value
+    ):
         raise _Rejected("not a list of token ids")
     return np.array(value, TOKEN_TYPE)
 
@@ -187,7 +201,11 @@ def _token_parts(input_ids: object, labels: object = None) -> list[bytes]:
 
 
 _PARTS_READERS: dict[str, Callable[..., list[bytes]]] = {
-    "text": _text_parts, "completion": _completion_parts, "chat": _chat_parts, "tokens": _token_parts}
+    "text": _text_parts,
+    "completion": _completion_parts,
+    "chat": _chat_parts,
+    "tokens": _token_parts,
+}
 
 
 def column_values(column: Column) -> list[Any]:

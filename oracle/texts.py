@@ -73,8 +73,9 @@ class Decoder(Protocol):
         """Return the string of one list of token ids."""
 
 
-def read_texts(source: Source, *, text_column: str = "text", format: str = "auto", split: str = "train",
-               limit: int | None = None) -> datasets.Dataset:
+def read_texts(
+    source: Source, *, text_column: str = "text", format: str = "auto", split: str = "train", limit: int | None = None
+) -> datasets.Dataset:
     """Read texts from files, URLs, the hub or memory, and give each its text_id.
 
     Formats: `text` (column `text_column`), `completion` (columns prompt and completion; the loss is on the
@@ -111,8 +112,11 @@ def read_texts(source: Source, *, text_column: str = "text", format: str = "auto
     if limit is not None:
         check_at_least("limit", limit, 1)
     if text_column != "text" and format not in ("auto", "text"):
-        raise InputError(f"text_column={text_column!r} has no effect with format={format!r}.", "format='text' or 'auto'",
-                         "leave out one of the two.")
+        raise InputError(
+            f"text_column={text_column!r} has no effect with format={format!r}.",
+            "format='text' or 'auto'",
+            "leave out one of the two.",
+        )
     material = open_source(source, text_column=text_column, split=split, limit=limit)
     format_name = choose_format(material, text_column, format)
     used = used_columns(material, text_column, format_name)
@@ -120,8 +124,11 @@ def read_texts(source: Source, *, text_column: str = "text", format: str = "auto
     rejected = dict(sorted(Counter(reason for reason in reasons if reason).items(), key=lambda item: (-item[1], item[0])))
     report = ReadReport(material.num_rows, len(text_ids), rejected, format_name, material.description)
     if not text_ids:
-        raise InputError(f"no text is left of {material.description}: {report}.", f"texts in the columns {ACCEPTED_COLUMNS}",
-                         "check that this is the right source and the right column.")
+        raise InputError(
+            f"no text is left of {material.description}: {report}.",
+            f"texts in the columns {ACCEPTED_COLUMNS}",
+            "check that this is the right source and the right column.",
+        )
     if rejected:
         warnings.warn(f"{report} ({material.description})", TextsRejectedWarning, stacklevel=2)
     redundant = {"text": {"text", text_column}, "completion": {"text"}}.get(format_name, set())
@@ -151,16 +158,22 @@ def read_report(dataset: datasets.Dataset) -> ReadReport:
     """
     report = getattr(dataset, _REPORT, None)
     if not isinstance(report, ReadReport):
-        raise InputError("this dataset carries no report of its reading.", "the very Dataset that oracle.read_texts returned",
-                         "ask for the report before selecting from the dataset or changing it.")
+        raise InputError(
+            "this dataset carries no report of its reading.",
+            "the very Dataset that oracle.read_texts returned",
+            "ask for the report before selecting from the dataset or changing it.",
+        )
     return report
 
 
 def check_text_ids(dataset: datasets.Dataset) -> None:
     """Raise `InputError` unless `dataset` has a text_id column."""
     if TEXT_ID not in dataset.column_names:
-        raise InputError(f"these texts have no text_id; their columns are {', '.join(dataset.column_names)}.",
-                         "a Dataset made by oracle.read_texts", "call oracle.read_texts first.")
+        raise InputError(
+            f"these texts have no text_id; their columns are {', '.join(dataset.column_names)}.",
+            "a Dataset made by oracle.read_texts",
+            "call oracle.read_texts first.",
+        )
 
 
 def list_text_ids(dataset: datasets.Dataset) -> list[str]:
@@ -185,8 +198,11 @@ def text_format(dataset: datasets.Dataset) -> str:
     first = dataset.with_format("arrow")[:1]
     format_name = format_by_id({name: first[name] for name in first.column_names})
     if format_name is None:
-        raise InputError("the text_id of the first text is not the hash of its content.",
-                         "texts as oracle.read_texts returned them", "call oracle.read_texts again after changing texts.")
+        raise InputError(
+            "the text_id of the first text is not the hash of its content.",
+            "texts as oracle.read_texts returned them",
+            "call oracle.read_texts again after changing texts.",
+        )
     return format_name
 
 
@@ -211,11 +227,16 @@ def plain_strings(dataset: datasets.Dataset, tokenizer: Decoder | None = None) -
         pairs = zip(_values_of(dataset, "prompt"), _values_of(dataset, "completion"), strict=True)
         return [prompt + _seam(prompt, completion) + completion for prompt, completion in pairs]
     if format_name == "chat":
-        return ["\n".join(f"{message['role']}: {message['content']}" for message in messages)
-                for messages in _values_of(dataset, "messages")]
+        return [
+            "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+            for messages in _values_of(dataset, "messages")
+        ]
     if tokenizer is None:
-        raise InputError("these texts are token ids, which only their tokenizer can turn into strings.",
-                         "a tokenizer with a decode method", "pass the tokenizer that made them.")
+        raise InputError(
+            "these texts are token ids, which only their tokenizer can turn into strings.",
+            "a tokenizer with a decode method",
+            "pass the tokenizer that made them.",
+        )
     return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in _values_of(dataset, "input_ids")]
 
 
@@ -244,8 +265,10 @@ def _filter(column: Column, kept: np.ndarray) -> Column:
 def _canonical(name: str, column: Column) -> pa.Array | pa.ChunkedArray:
     """Give a column of the format its one type: strings, lists of role and content, or lists of integers."""
     if name == "messages":
-        chats = [[{"role": message["role"], "content": message["content"]} for message in messages]
-                 for messages in column_values(column)]
+        chats = [
+            [{"role": message["role"], "content": message["content"]} for message in messages]
+            for messages in column_values(column)
+        ]
         return _as_arrow(name, chats)
     kind = pa.list_(pa.int64()) if name in ("input_ids", "labels") else pa.string()
     if isinstance(column, list):
@@ -260,5 +283,8 @@ def _as_arrow(name: str, column: Column) -> pa.Array | pa.ChunkedArray:
     try:
         return pa.array(column)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError) as error:
-        raise InputError(f"the column {name!r} mixes types or holds what arrow cannot: {error}.", "one type per column",
-                         f"unify the values of {name!r}, or drop the column.") from error
+        raise InputError(
+            f"the column {name!r} mixes types or holds what arrow cannot: {error}.",
+            "one type per column",
+            f"unify the values of {name!r}, or drop the column.",
+        ) from error

@@ -21,9 +21,16 @@ if TYPE_CHECKING:
     from surrogate.selection import select as select
 
 _HOMES = {
-    "InfluencePredictor": "surrogate.predictor", "InfluenceNetwork": "surrogate.models.network", "InfluenceTrees": "surrogate.models.trees",
-    "RidgeSurrogate": "surrogate.models.ridge", "FeatureCache": "surrogate.feature_cache", "Run": "surrogate.pipeline",
-    "Scores": "surrogate.scores", "Budget": "surrogate.selection", "Selection": "surrogate.selection", "select": "surrogate.selection",
+    "InfluencePredictor": "surrogate.predictor",
+    "InfluenceNetwork": "surrogate.models.network",
+    "InfluenceTrees": "surrogate.models.trees",
+    "RidgeSurrogate": "surrogate.models.ridge",
+    "FeatureCache": "surrogate.feature_cache",
+    "Run": "surrogate.pipeline",
+    "Scores": "surrogate.scores",
+    "Budget": "surrogate.selection",
+    "Selection": "surrogate.selection",
+    "select": "surrogate.selection",
 }
 __all__ = sorted(_HOMES)
 

@@ -21,8 +21,9 @@ COMBINE_HELP = "How targets become one number: 'sum_z' (mean of z-scores), 'mean
 WEIGHTS_HELP = "Weight of each target by name, for 'sum_z' and 'mean'; None weighs all alike."
 
 
-def combine(scores: np.ndarray, how: str = "sum_z", *, target_names: Sequence[str],
-            weights: Mapping[str, float] | None = None) -> np.ndarray:
+def combine(
+    scores: np.ndarray, how: str = "sum_z", *, target_names: Sequence[str], weights: Mapping[str, float] | None = None
+) -> np.ndarray:
     """Reduce scores of C targets to one number per text; more is better.
 
     Args:
@@ -72,19 +73,29 @@ def targets_used(how: str, *, target_names: Sequence[str], weights: Mapping[str,
 def _check(how: str, names: list[str], weights: Mapping[str, float] | None) -> np.ndarray:
     """Return C weights that sum to 1."""
     if how in WAYS and how in names:
-        raise InputError(f"combine={how!r} is both a way to combine and the name of a target.", "target names other than "
-                         + ", ".join(WAYS), "rename the target.")
+        raise InputError(
+            f"combine={how!r} is both a way to combine and the name of a target.",
+            "target names other than " + ", ".join(WAYS),
+            "rename the target.",
+        )
     check_choice("combine", how, (*WAYS, *names))
     if weights is None:
         return np.full(len(names), 1.0 / len(names))
     if how not in WEIGHTED_WAYS:
-        raise InputError(f"weights have no effect with combine={how!r}.", "weights with " + " or ".join(WEIGHTED_WAYS),
-                         "leave out weights, or choose another combine.")
+        raise InputError(
+            f"weights have no effect with combine={how!r}.",
+            "weights with " + " or ".join(WEIGHTED_WAYS),
+            "leave out weights, or choose another combine.",
+        )
     if sorted(weights) != sorted(names):
-        raise InputError(f"weights name the targets {', '.join(weights) or 'none'}.",
-                         "one weight for each of " + ", ".join(names), "give every target a weight; 0 ignores it.")
+        raise InputError(
+            f"weights name the targets {', '.join(weights) or 'none'}.",
+            "one weight for each of " + ", ".join(names),
+            "give every target a weight; 0 ignores it.",
+        )
     values = np.array([weights[name] for name in names], dtype=np.float64)
     if not (np.isfinite(values).all() and (values >= 0).all() and values.sum() > 0):
-        raise InputError(f"weights={dict(weights)!r} cannot be used.", "finite weights of at least 0, not all 0",
-                         "correct the weights.")
+        raise InputError(
+            f"weights={dict(weights)!r} cannot be used.", "finite weights of at least 0, not all 0", "correct the weights."
+        )
     return values / values.sum()

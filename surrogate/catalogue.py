@@ -6,7 +6,12 @@ from typing import Any
 
 from oracle import plugins
 
-KINDS = {"oracle methods": "oracle.methods", "encoders": "surrogate.features", "surrogates": "surrogate.models", "rules": "surrogate.rules"}
+KINDS = {
+    "oracle methods": "oracle.methods",
+    "encoders": "surrogate.features",
+    "surrogates": "surrogate.models",
+    "rules": "surrogate.rules",
+}
 
 
 def catalogue() -> dict[str, list[dict[str, Any]]]:

@@ -16,33 +16,58 @@ import typer
 
 from oracle.errors import InputError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="Measure how much training texts help a language model, predict it for a whole pool, and select.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Measure how much training texts help a language model, predict it for a whole pool, and select.",
+)
 
 RunFolder = Annotated[Path, typer.Argument(help="Run folder; made when it does not exist.")]
-PoolOption = Annotated[list[str] | None, typer.Option("--pool", help="File, glob or URL of the pool (repeatable), bundled corpus or hub name.")]
+PoolOption = Annotated[
+    list[str] | None, typer.Option("--pool", help="File, glob or URL of the pool (repeatable), bundled corpus or hub name.")
+]
 TextColumn = Annotated[str, typer.Option(help="Column of the pool that holds plain text.")]
 EncoderOption = Annotated[list[str] | None, typer.Option("--encoder", help="NAME or NAME:option=value,... (repeatable).")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="Folder or hub name of the causal language model.")]
-SurrogateOption = Annotated[str | None, typer.Option("--surrogate", help="NAME or NAME:option=value,...; for score and select: which fitted one.")]
+SurrogateOption = Annotated[
+    str | None, typer.Option("--surrogate", help="NAME or NAME:option=value,...; for score and select: which fitted one.")
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random in this stage.")]
 
 
 @app.command()
-def label(run: RunFolder, target: Annotated[list[str], typer.Option("--target", help="NAME=FILE of a target set (repeatable).")],
-          model: Annotated[str, typer.Option("--model", help="Folder or hub name of the causal language model.")],
-          pool: PoolOption = None, text_column: TextColumn = "text",
-          method: Annotated[str, typer.Option(help="Oracle method; see `surrogate methods`.")] = "grad_dot",
-          sample_size: Annotated[int, typer.Option(help="How many pool texts get a label.")] = 1000,
-          max_tokens: Annotated[int, typer.Option(help="Longer texts are truncated.")] = 512,
-          dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-          option: Annotated[list[str] | None, typer.Option("--option", help="option=value of the method (repeatable).")] = None,
-          seed: SeedOption = 0) -> None:
+def label(
+    run: RunFolder,
+    target: Annotated[list[str], typer.Option("--target", help="NAME=FILE of a target set (repeatable).")],
+    model: Annotated[str, typer.Option("--model", help="Folder or hub name of the causal language model.")],
+    pool: PoolOption = None,
+    text_column: TextColumn = "text",
+    method: Annotated[str, typer.Option(help="Oracle method; see `surrogate methods`.")] = "grad_dot",
+    sample_size: Annotated[int, typer.Option(help="How many pool texts get a label.")] = 1000,
+    max_tokens: Annotated[int, typer.Option(help="Longer texts are truncated.")] = 512,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    option: Annotated[list[str] | None, typer.Option("--option", help="option=value of the method (repeatable).")] = None,
+    seed: SeedOption = 0,
+) -> None:
     """Measure the influence of a sample of the pool on the target sets."""
     from surrogate.stages import label_stage
 
-    finish(label_stage(run, target, model=model, pool=pool, text_column=text_column, method=method, sample_size=sample_size,
-                       max_tokens=max_tokens, dtype=dtype, options=option or [], seed=seed))
+    finish(
+        label_stage(
+            run,
+            target,
+            model=model,
+            pool=pool,
+            text_column=text_column,
+            method=method,
+            sample_size=sample_size,
+            max_tokens=max_tokens,
+            dtype=dtype,
+            options=option or [],
+            seed=seed,
+        )
+    )
 
 
 @app.command()
@@ -54,8 +79,13 @@ def embed(run: RunFolder, encoder: EncoderOption = None, pool: PoolOption = None
 
 
 @app.command()
-def fit(run: RunFolder, encoder: EncoderOption = None, surrogate: SurrogateOption = None,
-        folds: Annotated[int, typer.Option(help="Folds of the cross-fitting that measures fidelity.")] = 5, seed: SeedOption = 0) -> None:
+def fit(
+    run: RunFolder,
+    encoder: EncoderOption = None,
+    surrogate: SurrogateOption = None,
+    folds: Annotated[int, typer.Option(help="Folds of the cross-fitting that measures fidelity.")] = 5,
+    seed: SeedOption = 0,
+) -> None:
     """Fit a surrogate on the labels and print its held-out fidelity."""
     from surrogate.stages import fit_stage
 
@@ -71,22 +101,39 @@ def score(run: RunFolder, surrogate: SurrogateOption = None) -> None:
 
 
 @app.command()
-def select(run: RunFolder, fraction: Annotated[float | None, typer.Option(help="Budget: share of the pool's texts.")] = None,
-           texts: Annotated[int | None, typer.Option(help="Budget: number of texts.")] = None,
-           tokens: Annotated[int | None, typer.Option(help="Budget: number of tokens.")] = None,
-           rule: Annotated[str, typer.Option(help="Selection rule; see `surrogate methods`.")] = "top", surrogate: SurrogateOption = None,
-           option: Annotated[list[str] | None, typer.Option("--option", help="option=value of the rule (repeatable).")] = None,
-           allow_low_fidelity: Annotated[bool, typer.Option("--allow-low-fidelity", help="Select by scores at chance all the same.")] = False,
-           seed: SeedOption = 0) -> None:
+def select(
+    run: RunFolder,
+    fraction: Annotated[float | None, typer.Option(help="Budget: share of the pool's texts.")] = None,
+    texts: Annotated[int | None, typer.Option(help="Budget: number of texts.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Budget: number of tokens.")] = None,
+    rule: Annotated[str, typer.Option(help="Selection rule; see `surrogate methods`.")] = "top",
+    surrogate: SurrogateOption = None,
+    option: Annotated[list[str] | None, typer.Option("--option", help="option=value of the rule (repeatable).")] = None,
+    allow_low_fidelity: Annotated[
+        bool, typer.Option("--allow-low-fidelity", help="Select by scores at chance all the same.")
+    ] = False,
+    seed: SeedOption = 0,
+) -> None:
     """Spend a budget on the scored pool."""
     from surrogate.stages import select_stage
 
-    finish(select_stage(run, {"fraction": fraction, "texts": texts, "tokens": tokens}, rule=rule, surrogate=surrogate, options=option or [],
-                        allow_low_fidelity=allow_low_fidelity, seed=seed))
+    finish(
+        select_stage(
+            run,
+            {"fraction": fraction, "texts": texts, "tokens": tokens},
+            rule=rule,
+            surrogate=surrogate,
+            options=option or [],
+            allow_low_fidelity=allow_low_fidelity,
+            seed=seed,
+        )
+    )
 
 
 @app.command()
-def methods(markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README instead of JSON.")] = False) -> None:
+def methods(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README instead of JSON.")] = False,
+) -> None:
     """List oracle methods, encoders, surrogates and rules with their options."""
     from surrogate.catalogue import as_markdown, catalogue
 
@@ -97,8 +144,11 @@ def methods(markdown: Annotated[bool, typer.Option("--markdown", help="Print the
 
 
 @app.command()
-def demo(run: Annotated[Path, typer.Argument(help="Run folder.")] = Path("runs/demo"),
-         size: Annotated[str, typer.Option(help="full (minutes) or tiny (for a quick look).")] = "full", seed: SeedOption = 0) -> None:
+def demo(
+    run: Annotated[Path, typer.Argument(help="Run folder.")] = Path("runs/demo"),
+    size: Annotated[str, typer.Option(help="full (minutes) or tiny (for a quick look).")] = "full",
+    seed: SeedOption = 0,
+) -> None:
     """Run the whole loop on texts of Python's own library, with a small model made on the spot."""
     from surrogate.demo import run_demo
 
@@ -110,9 +160,13 @@ def finish(result: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(result, ensure_ascii=False, allow_nan=False, default=str) + "\n")
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    sys.stderr.write(f"note: {message}\n")
+
+
 def main() -> None:
     """Run the command line; refusals become exit code 1."""
-    warnings.showwarning = lambda message, category, *rest, **more: sys.stderr.write(f"note: {message}\n")
+    warnings.showwarning = _show_warning
     try:
         app()
     except InputError as error:

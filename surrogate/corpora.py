@@ -62,19 +62,25 @@ def load(name: str, **options: Any) -> Corpus:
     defaults = {key: parameter.default for key, parameter in inspect.signature(build).parameters.items()}
     for key, value in options.items():
         if key not in defaults:
-            raise InputError(f"corpus {name!r} has no option {key!r}{closest(key, defaults)}.", ", ".join(defaults),
-                             "remove the option or correct its name.")
+            raise InputError(
+                f"corpus {name!r} has no option {key!r}{closest(key, defaults)}.",
+                ", ".join(defaults),
+                "remove the option or correct its name.",
+            )
         _check_value(key, value)
     try:
         rows, target_rows = build(**options)
     except FileNotFoundError as error:
-        raise MissingFileError(f"corpus {name!r} needs a file that is not here: {error.filename}.",
-                               "an installation of Python with its whole standard library",
-                               "install the missing part of Python, or load another corpus.") from error
+        raise MissingFileError(
+            f"corpus {name!r} needs a file that is not here: {error.filename}.",
+            "an installation of Python with its whole standard library",
+            "install the missing part of Python, or load another corpus.",
+        ) from error
     num_texts = options.get("num_texts", defaults["num_texts"])
     if len(rows) < num_texts:
-        raise InputError(f"num_texts={num_texts} is more than corpus {name!r} has here.", f"at most {len(rows)}",
-                         "ask for fewer texts.")
+        raise InputError(
+            f"num_texts={num_texts} is more than corpus {name!r} has here.", f"at most {len(rows)}", "ask for fewer texts."
+        )
     from datasets import Dataset  # slow to import
 
     card = resources.files(PACKAGE).joinpath(name, "card.md").read_text(encoding="utf-8")

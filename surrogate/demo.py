@@ -55,10 +55,32 @@ class DemoSize:
 
 
 SIZES = {
-    "full": DemoSize(num_texts=6000, vocabulary_size=2048, width=128, num_layers=3, max_tokens=256, warmup_tokens=240_000,
-                     training_tokens=240_000, sample_size=500, num_one_step=32, num_target_texts=48),
-    "tiny": DemoSize(num_texts=5000, vocabulary_size=512, width=32, num_layers=2, max_tokens=128, warmup_tokens=16_000,
-                     training_tokens=16_000, sample_size=120, num_one_step=12, num_target_texts=16, row_tokens=128, rows_per_step=4),
+    "full": DemoSize(
+        num_texts=6000,
+        vocabulary_size=2048,
+        width=128,
+        num_layers=3,
+        max_tokens=256,
+        warmup_tokens=480_000,
+        training_tokens=400_000,
+        sample_size=500,
+        num_one_step=32,
+        num_target_texts=48,
+    ),
+    "tiny": DemoSize(
+        num_texts=5000,
+        vocabulary_size=512,
+        width=32,
+        num_layers=2,
+        max_tokens=128,
+        warmup_tokens=16_000,
+        training_tokens=16_000,
+        sample_size=120,
+        num_one_step=12,
+        num_target_texts=16,
+        row_tokens=128,
+        rows_per_step=4,
+    ),
 }
 
 
@@ -91,11 +113,16 @@ def run_demo(folder: Path, *, size: str = "full", seed: int = 0) -> dict[str, An
     fidelity = _fit(run, lm)
     selection = run.select(Budget(fraction=0.2), lm=lm)
     _say(f"selected {selection.num_texts} texts of {len(run.pool())} ({selection.num_tokens} tokens): {_kinds(run, selection)}")
-    curves = {name: _train(run, name, text_ids, targets=targets["judging"], demo=demo, seed=seed)
-              for name, text_ids in (("random", None), ("selected", selection.text_ids))}
+    curves = {
+        name: _train(run, name, text_ids, targets=targets["judging"], demo=demo, seed=seed)
+        for name, text_ids in (("random", None), ("selected", selection.text_ids))
+    }
     summary = _summary(run, labels, steps=steps, fidelity=fidelity, curves=curves, demo=demo)
-    summary["agreement_with_one_step"] = {"spearman": step_agreement.spearman, "top_overlap": step_agreement.top_overlap,
-                                          "num_texts": step_agreement.num_texts}
+    summary["agreement_with_one_step"] = {
+        "spearman": step_agreement.spearman,
+        "top_overlap": step_agreement.top_overlap,
+        "num_texts": step_agreement.num_texts,
+    }
     _plot(run, labels, curves)
     write_json(folder / "report.json", summary)
     _say(_comparison(summary))
@@ -116,7 +143,10 @@ def _build_pool(run: Run, demo: DemoSize, *, seed: int) -> dict[str, dict[str, s
         in_first = split_halves(target, seed=seed)
         for part, wanted in (("labelling", True), ("judging", False)):
             write_texts(target.texts.select(np.flatnonzero(in_first == wanted)), files[part])
-    _say(f"pool: {len(run.pool())} texts of {len(set(run.pool()['kind']))} kinds; target: {TARGET}, half of it to label with, half to judge by")
+    _say(
+        f"pool: {len(run.pool())} texts of {len(set(run.pool()['kind']))} kinds; "
+        f"target: {TARGET}, half of it to label with, half to judge by"
+    )
     return {part: {TARGET: str(path)} for part, path in files.items()}
 
 
@@ -130,9 +160,17 @@ def _warmed_up(run: Run, demo: DemoSize, *, seed: int) -> LanguageModel:
                 train_tokenizer(run.pool()["text"], vocabulary_size=demo.vocabulary_size).save_pretrained(partial)
         from transformers import AutoTokenizer
 
-        module = build_model("llama", vocabulary_size=demo.vocabulary_size, width=demo.width, num_layers=demo.num_layers,
-                             context=demo.max_tokens, seed=seed)
-        lm = LanguageModel(module, AutoTokenizer.from_pretrained(tokenizer_folder), _optimizer(module), max_tokens=demo.max_tokens)
+        module = build_model(
+            "llama",
+            vocabulary_size=demo.vocabulary_size,
+            width=demo.width,
+            num_layers=demo.num_layers,
+            context=demo.max_tokens,
+            seed=seed,
+        )
+        lm = LanguageModel(
+            module, AutoTokenizer.from_pretrained(tokenizer_folder), _optimizer(module), max_tokens=demo.max_tokens
+        )
         plan = _plan(demo, num_tokens=demo.warmup_tokens, warmup_steps=10, seed=seed)
         spent: dict[str, float] = {}
         with timed(lambda seconds: spent.__setitem__("seconds", seconds)):
@@ -143,13 +181,24 @@ def _warmed_up(run: Run, demo: DemoSize, *, seed: int) -> LanguageModel:
 
 
 def _label(run: Run, lm: LanguageModel, targets: Mapping[str, str], *, demo: DemoSize, seed: int) -> tuple[Labels, Labels]:
-    options = {"max_target_texts": demo.num_target_texts, "seed": seed, "max_grad_norm": MAX_GRAD_NORM}
-    labels = run.label(lm, targets, sample_size=demo.sample_size, method="grad_dot", model_path=str(run.folder / "checkpoint"),
-                       target_paths=targets, **options)
-    steps = run.label(lm, targets, sample_size=demo.num_one_step, method="one_step", name="one_step_labels", block_size=4, **options)
+    options: dict[str, Any] = {"max_target_texts": demo.num_target_texts, "seed": seed, "max_grad_norm": MAX_GRAD_NORM}
+    labels = run.label(
+        lm,
+        targets,
+        sample_size=demo.sample_size,
+        method="grad_dot",
+        model_path=str(run.folder / "checkpoint"),
+        target_paths=targets,
+        **options,
+    )
+    steps = run.label(
+        lm, targets, sample_size=demo.num_one_step, method="one_step", name="one_step_labels", block_size=4, **options
+    )
     found = agreement(steps, labels)[TARGET]
-    _say(f"grad_dot and one_step agree on {found.num_texts} texts: Spearman {found.spearman:.3f}; noise ceiling of the labels "
-         f"{noise_ceiling(labels)[TARGET]:.3f}")
+    _say(
+        f"grad_dot and one_step agree on {found.num_texts} texts: Spearman {found.spearman:.3f}; noise ceiling of the labels "
+        f"{noise_ceiling(labels)[TARGET]:.3f}"
+    )
     return labels, steps
 
 
@@ -158,13 +207,21 @@ def _fit(run: Run, lm: LanguageModel) -> dict[str, Any]:
     for name in SURROGATES:
         predictor = run.fit(surrogate=name, lm=lm)
         row = predictor.fidelity_.surrogate[0]
-        result[name] = {"spearman": row.spearman, "spearman_interval": list(row.spearman_interval), "spearman_within_source": row.spearman_within_source,
-                        "r2": row.r2, "top_recall": row.top_recall, "mean_label_selected": row.mean_label_selected}
+        result[name] = {
+            "spearman": row.spearman,
+            "spearman_interval": list(row.spearman_interval),
+            "spearman_within_source": row.spearman_within_source,
+            "r2": row.r2,
+            "top_recall": row.top_recall,
+            "mean_label_selected": row.mean_label_selected,
+        }
         _say(predictor.fidelity_.table() if name == SURROGATES[-1] else "\n".join(predictor.fidelity_.table().splitlines()[:2]))
     return result
 
 
-def _train(run: Run, name: str, text_ids: list[str] | None, *, targets: Mapping[str, str], demo: DemoSize, seed: int) -> TrainingCurve:
+def _train(
+    run: Run, name: str, text_ids: list[str] | None, *, targets: Mapping[str, str], demo: DemoSize, seed: int
+) -> TrainingCurve:
     """Train a copy of the checkpoint on a selection, or (None) on random texts of the pool; keep the curve."""
     path = run.folder / "training" / f"{name}.json"
     if path.exists():
@@ -176,8 +233,14 @@ def _train(run: Run, name: str, text_ids: list[str] | None, *, targets: Mapping[
     plan = _plan(demo, num_tokens=demo.training_tokens, warmup_steps=0, seed=seed + 1)
     spent: dict[str, float] = {}
     with timed(lambda seconds: spent.__setitem__("seconds", seconds)):
-        curve = train(lm, texts, plan, evaluate=lambda model: {TARGET: float(columns.combine(columns.losses(model))[0])},
-                      folder=run.folder / "training" / name, title=f"train ({name})")
+        curve = train(
+            lm,
+            texts,
+            plan,
+            evaluate=lambda model: {TARGET: float(columns.combine(columns.losses(model))[0])},
+            folder=run.folder / "training" / name,
+            title=f"train ({name})",
+        )
     run.add_cost(f"train {name}", seconds=spent["seconds"], flops=_training_flops(lm, demo.training_tokens))
     write_json(path, {"steps": curve.steps, "tokens": curve.tokens, "losses": curve.losses})
     return curve
@@ -186,47 +249,79 @@ def _train(run: Run, name: str, text_ids: list[str] | None, *, targets: Mapping[
 # ---------------------------------------------------------------------- summary
 
 
-def _summary(run: Run, labels: Labels, *, steps: Labels, fidelity: dict[str, Any], curves: dict[str, TrainingCurve], demo: DemoSize) -> dict[str, Any]:
+def _summary(
+    run: Run, labels: Labels, *, steps: Labels, fidelity: dict[str, Any], curves: dict[str, TrainingCurve], demo: DemoSize
+) -> dict[str, Any]:
     random, selected = curves["random"].column(TARGET), curves["selected"].column(TARGET)
     costs = run.costs()
-    selection_stages = [stage for stage in costs if stage not in ("warm-up", "one_step_labels") and not stage.startswith("train ")]
+    selection_stages = [
+        stage for stage in costs if stage not in ("warm-up", "one_step_labels") and not stage.startswith("train ")
+    ]
     spent = {unit: sum(costs[stage][unit] for stage in selection_stages) for unit in ("seconds", "flops")}
     training = costs["train selected"]
     whole_pool_flops = costs["labels"]["flops"] / len(labels) * len(run.pool())
     return {
-        "pool": len(run.pool()), "labelled": len(labels), "one_step_labelled": len(steps), "fidelity": fidelity,
-        "noise_ceiling": noise_ceiling(labels)[TARGET], "surrogate_used": run.predictor().surrogate_name,
+        "pool": len(run.pool()),
+        "labelled": len(labels),
+        "one_step_labelled": len(steps),
+        "fidelity": fidelity,
+        "noise_ceiling": noise_ceiling(labels)[TARGET],
+        "surrogate_used": run.predictor().surrogate_name,
         "target_loss": {"before": random[0], "random": random[-1], "selected": selected[-1]},
         "training_tokens": curves["random"].tokens[-1],
-        "tokens_to_random": {"random": curves["random"].tokens_to_reach(TARGET, random[-1]),
-                             "selected": curves["selected"].tokens_to_reach(TARGET, random[-1])},
-        "cost": {"stages": costs, "selection_seconds": round(spent["seconds"], 1), "selection_flops": spent["flops"],
-                 "selection_share_of_training_flops": spent["flops"] / training["flops"],
-                 "selection_share_of_training_seconds": spent["seconds"] / training["seconds"],
-                 "labelling_the_whole_pool_flops": whole_pool_flops},
-        "provenance": provenance(), "run_folder": str(run.folder),
+        "tokens_to_random": {
+            "random": curves["random"].tokens_to_reach(TARGET, random[-1]),
+            "selected": curves["selected"].tokens_to_reach(TARGET, random[-1]),
+        },
+        "cost": {
+            "stages": costs,
+            "selection_seconds": round(spent["seconds"], 1),
+            "selection_flops": spent["flops"],
+            "selection_share_of_training_flops": spent["flops"] / training["flops"],
+            "selection_share_of_training_seconds": spent["seconds"] / training["seconds"],
+            "labelling_the_whole_pool_flops": whole_pool_flops,
+        },
+        "provenance": provenance(),
+        "run_folder": str(run.folder),
     }
 
 
 def _comparison(summary: dict[str, Any]) -> str:
     loss, tokens = summary["target_loss"], summary["tokens_to_random"]
-    reached = "not reached" if tokens["selected"] is None else f"{tokens['selected']:,.0f} ({tokens['selected'] / tokens['random']:.0%})"
+    reached = (
+        "not reached"
+        if tokens["selected"] is None
+        else f"{tokens['selected']:,.0f} ({tokens['selected'] / tokens['random']:.0%})"
+    )
     cost = summary["cost"]
-    return "\n".join([
-        f"{'target loss (nats per token)':34}{'before':>10}{'random':>10}{'selected':>10}",
-        f"{'':34}{loss['before']:>10.3f}{loss['random']:>10.3f}{loss['selected']:>10.3f}",
-        f"tokens to reach random's final loss: random {tokens['random']:,.0f}, selected {reached}",
-        f"cost of labels, features, fitting and scoring: {cost['selection_seconds']:.0f} s, {cost['selection_flops']:.2e} FLOPs, "
-        f"{cost['selection_share_of_training_flops']:.0%} of the FLOPs of one of the two training runs; "
-        f"labelling the whole pool: {cost['labelling_the_whole_pool_flops']:.2e} FLOPs"])
+    return "\n".join(
+        [
+            f"{'target loss (nats per token)':34}{'before':>10}{'random':>10}{'selected':>10}",
+            f"{'':34}{loss['before']:>10.3f}{loss['random']:>10.3f}{loss['selected']:>10.3f}",
+            f"tokens to reach random's final loss: random {tokens['random']:,.0f}, selected {reached}",
+            f"cost of labels, features, fitting and scoring: {cost['selection_seconds']:.0f} s, "
+            f"{cost['selection_flops']:.2e} FLOPs, "
+            f"{cost['selection_share_of_training_flops']:.0%} of the FLOPs of one of the two training runs; "
+            f"labelling the whole pool: {cost['labelling_the_whole_pool_flops']:.2e} FLOPs",
+        ]
+    )
 
 
 def _plot(run: Run, labels: Labels, curves: dict[str, TrainingCurve]) -> None:
-    plot_curves(run.folder / "loss_curves.png", {name: (curve.tokens, curve.column(TARGET)) for name, curve in curves.items()}, target=TARGET)
+    plot_curves(
+        run.folder / "loss_curves.png",
+        {name: (curve.tokens, curve.column(TARGET)) for name, curve in curves.items()},
+        target=TARGET,
+    )
     predictor = run.predictor()
     held_out = predictor.held_out_
-    plot_fidelity(run.folder / "fidelity.png", held_out[:, 0], labels.take(held_out.text_ids).values[:, 0],
-                  title=f"{predictor.surrogate_name}: {TARGET}", units=labels.units)
+    plot_fidelity(
+        run.folder / "fidelity.png",
+        held_out[:, 0],
+        labels.take(held_out.text_ids).values[:, 0],
+        title=f"{predictor.surrogate_name}: {TARGET}, Spearman {predictor.fidelity_.surrogate[0].spearman:.2f}",
+        units=labels.units,
+    )
 
 
 def _kinds(run: Run, selection: Selection) -> str:
@@ -241,8 +336,16 @@ def _kinds(run: Run, selection: Selection) -> str:
 
 
 def _plan(demo: DemoSize, *, num_tokens: int, warmup_steps: int, seed: int) -> TrainingPlan:
-    return TrainingPlan(num_tokens=num_tokens, row_tokens=demo.row_tokens, rows_per_step=demo.rows_per_step, warmup_steps=warmup_steps,
-                        max_grad_norm=MAX_GRAD_NORM, evaluate_every=10, checkpoint_every=25, seed=seed)
+    return TrainingPlan(
+        num_tokens=num_tokens,
+        row_tokens=demo.row_tokens,
+        rows_per_step=demo.rows_per_step,
+        warmup_steps=warmup_steps,
+        max_grad_norm=MAX_GRAD_NORM,
+        evaluate_every=10,
+        checkpoint_every=25,
+        seed=seed,
+    )
 
 
 def _optimizer(module: Any) -> Any:

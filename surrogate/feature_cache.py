@@ -103,7 +103,7 @@ class FeatureCache:
         if missing:
             with track(f"features ({encoder.plugin_name})", len(missing)) as tracker:
                 for start in range(0, len(missing), BLOCK_TEXTS):
-                    block_ids = missing[start:start + BLOCK_TEXTS]
+                    block_ids = missing[start : start + BLOCK_TEXTS]
                     rows = texts.select([first_positions[text_id] for text_id in block_ids])
                     index.add_block(block_ids, _encode_counted(encoder, rows, ids=block_ids, cost=spent), encoder)
                     tracker.advance(len(block_ids))
@@ -119,8 +119,9 @@ class FeatureCache:
         return index
 
 
-def encode_all(encoders: Sequence[Encoder], texts: Dataset, cache: FeatureCache | None = None, *,
-               cost: dict[str, float] | None = None) -> np.ndarray:
+def encode_all(
+    encoders: Sequence[Encoder], texts: Dataset, cache: FeatureCache | None = None, *, cost: dict[str, float] | None = None
+) -> np.ndarray:
     """Return the features of several encoders side by side.
 
     Args:
@@ -156,14 +157,18 @@ def check_features(encoder: Encoder, features: np.ndarray, ids: Sequence[str]) -
     Raises:
         NotFiniteError: Some are NaN or infinite; their text_ids are named.
     """
-    assert features.ndim == 2 and len(features) == len(ids) and features.dtype == np.float32, \
+    assert features.ndim == 2 and len(features) == len(ids) and features.dtype == np.float32, (
         f"encoder {encoder.plugin_name!r} returned {features.dtype} {features.shape} for {len(ids)} texts"
+    )
     broken = np.flatnonzero(~np.isfinite(features).all(axis=1))
     if len(broken):
         shown = ", ".join(ids[row] for row in broken[:SHOWN_IDS])
-        raise NotFiniteError(f"encoder {encoder.plugin_name!r} gave NaN or infinite features for {len(broken)} texts: {shown}"
-                             f"{', ...' if len(broken) > SHOWN_IDS else ''}.", "finite features",
-                             "look at these texts; leave them out, or use another encoder.")
+        raise NotFiniteError(
+            f"encoder {encoder.plugin_name!r} gave NaN or infinite features for {len(broken)} texts: {shown}"
+            f"{', ...' if len(broken) > SHOWN_IDS else ''}.",
+            "finite features",
+            "look at these texts; leave them out, or use another encoder.",
+        )
     return features
 
 
@@ -186,10 +191,12 @@ class _Index:
         self._dim = meta["dim"]
         current = encoder.fingerprint()
         if meta["fingerprint"] != current:
-            raise MismatchError(f"encoder changed since the cache was made: {self.folder} holds features of "
-                                f"{encoder.plugin_name!r} with fingerprint {meta['fingerprint']}, it now has {current}.",
-                                "the encoder (weights and version) that filled the cache",
-                                f"delete {self.folder}, or use a cache in another folder.")
+            raise MismatchError(
+                f"encoder changed since the cache was made: {self.folder} holds features of "
+                f"{encoder.plugin_name!r} with fingerprint {meta['fingerprint']}, it now has {current}.",
+                "the encoder (weights and version) that filled the cache",
+                f"delete {self.folder}, or use a cache in another folder.",
+            )
 
     def scan(self) -> None:
         """Read the ids of blocks that were not seen yet."""
@@ -232,8 +239,7 @@ class _Index:
 
 def _meta(encoder: Encoder, dim: int) -> dict[str, Any]:
     options = {name: value if isinstance(value, (str, int, float)) else str(value) for name, value in options_of(encoder).items()}
-    return {"encoder": encoder.plugin_name, "options": options, "fingerprint": encoder.fingerprint(), "dim": dim,
-            **provenance()}
+    return {"encoder": encoder.plugin_name, "options": options, "fingerprint": encoder.fingerprint(), "dim": dim, **provenance()}
 
 
 def _encode_counted(encoder: Encoder, texts: Dataset, *, ids: Sequence[str], cost: dict[str, float]) -> np.ndarray:

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from oracle.comparison import spearman
 from oracle.errors import InputError, NotFiniteError, check_at_least
 from oracle.progress import track
 from surrogate.models import Surrogate
-from surrogate.scaling import average_ranks
 
 MIN_TEXTS = 3  # Spearman's t approximation needs one degree of freedom
 MIN_TEXTS_PER_SOURCE = 8
@@ -99,8 +99,10 @@ class Fidelity:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Fidelity:
         """Make a Fidelity from what `as_dict` returned."""
-        rows = {kind: [TargetFidelity(**{**row, "spearman_interval": tuple(row["spearman_interval"])}) for row in values[kind]]
-                for kind in ("surrogate", "ridge", "constant")}
+        rows = {
+            kind: [TargetFidelity(**{**row, "spearman_interval": tuple(row["spearman_interval"])}) for row in values[kind]]
+            for kind in ("surrogate", "ridge", "constant")
+        }
         return cls(surrogate_name=values["surrogate_name"], noise_ceiling=dict(values["noise_ceiling"]), **rows)
 
     def table(self) -> str:
@@ -109,18 +111,38 @@ class Fidelity:
         lines = [["target", "surrogate", "spearman", "within source", "r2", share, "mean label of selected", "noise ceiling"]]
         for rows in zip(self.surrogate, self.ridge, self.constant, strict=True):
             for name, row in zip((self.surrogate_name, "ridge", "constant"), rows, strict=True):
-                lines.append([row.target, name, _cell(row.spearman), _cell(row.spearman_within_source), _cell(row.r2),
-                              _cell(row.top_recall), f"{row.mean_label_selected:.3g}",
-                              _cell(self.noise_ceiling.get(row.target))])
+                lines.append(
+                    [
+                        row.target,
+                        name,
+                        _cell(row.spearman),
+                        _cell(row.spearman_within_source),
+                        _cell(row.r2),
+                        _cell(row.top_recall),
+                        f"{row.mean_label_selected:.3g}",
+                        _cell(self.noise_ceiling.get(row.target)),
+                    ]
+                )
         widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-        return "\n".join("  ".join(cell.ljust(width) if column < 2 else cell.rjust(width)
-                                   for column, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
-                         for line in lines)
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if column < 2 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
 
 
 def measure_fidelity(
-    scores: ArrayLike, labels: ArrayLike, *, target_names: Sequence[str], sources: Sequence[str] | None = None,
-    baseline: ArrayLike | None = None, top_fraction: float = 0.2, num_bootstrap: int = 500, seed: int = 0,
+    scores: ArrayLike,
+    labels: ArrayLike,
+    *,
+    target_names: Sequence[str],
+    sources: Sequence[str] | None = None,
+    baseline: ArrayLike | None = None,
+    top_fraction: float = 0.2,
+    num_bootstrap: int = 500,
+    seed: int = 0,
 ) -> list[TargetFidelity]:
     """Compare scores with held-out labels, target by target.
 
@@ -145,16 +167,32 @@ def measure_fidelity(
         NotFiniteError: A score or label is NaN or infinite.
     """
     score_matrix, label_matrix = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
-    means = (np.broadcast_to(label_matrix.mean(axis=0), label_matrix.shape) if baseline is None
-             else np.asarray(baseline, dtype=np.float64))
+    means = (
+        np.broadcast_to(label_matrix.mean(axis=0), label_matrix.shape)
+        if baseline is None
+        else np.asarray(baseline, dtype=np.float64)
+    )
     _check(score_matrix, label_matrix, means=means, target_names=target_names, sources=sources)
     check_at_least("num_bootstrap", num_bootstrap, 1)
     if not 0 < top_fraction <= 1:
-        raise InputError(f"top_fraction={top_fraction!r} cannot be used.", "a number above 0 and up to 1",
-                         "pass the share of texts you mean to select, such as 0.2.")
-    return [_measure_target(score_matrix[:, column], label_matrix[:, column], means=means[:, column], target=target,
-                            sources=sources, top_fraction=top_fraction, num_bootstrap=num_bootstrap, seed=seed)
-            for column, target in enumerate(target_names)]
+        raise InputError(
+            f"top_fraction={top_fraction!r} cannot be used.",
+            "a number above 0 and up to 1",
+            "pass the share of texts you mean to select, such as 0.2.",
+        )
+    return [
+        _measure_target(
+            score_matrix[:, column],
+            label_matrix[:, column],
+            means=means[:, column],
+            target=target,
+            sources=sources,
+            top_fraction=top_fraction,
+            num_bootstrap=num_bootstrap,
+            seed=seed,
+        )
+        for column, target in enumerate(target_names)
+    ]
 
 
 def above_chance(fidelity: TargetFidelity, *, level: float = 0.05) -> bool:
@@ -163,7 +201,12 @@ def above_chance(fidelity: TargetFidelity, *, level: float = 0.05) -> bool:
 
 
 def cross_predict(
-    surrogate_factory: Callable[[], Surrogate], X: ArrayLike, y: ArrayLike, *, folds: ArrayLike, groups: ArrayLike,
+    surrogate_factory: Callable[[], Surrogate],
+    X: ArrayLike,
+    y: ArrayLike,
+    *,
+    folds: ArrayLike,
+    groups: ArrayLike,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Predict every text by a surrogate that never saw it nor a near-duplicate of it.
 
@@ -184,12 +227,18 @@ def cross_predict(
     fold_numbers, group_numbers = np.asarray(folds), np.asarray(groups)
     names = np.unique(fold_numbers)
     if labels.ndim != 2 or not len(features) == len(labels) == len(fold_numbers) == len(group_numbers) or len(names) < 2:
-        raise InputError(f"X {features.shape}, y {labels.shape}, {len(fold_numbers)} fold numbers ({len(names)} different) and "
-                         f"{len(group_numbers)} group numbers were given.", "one row of each per text, and at least two folds",
-                         "make folds with grouped_folds for the same texts.")
+        raise InputError(
+            f"X {features.shape}, y {labels.shape}, {len(fold_numbers)} fold numbers ({len(names)} different) and "
+            f"{len(group_numbers)} group numbers were given.",
+            "one row of each per text, and at least two folds",
+            "make folds with grouped_folds for the same texts.",
+        )
     if len(np.unique(np.stack([group_numbers, fold_numbers]), axis=1).T) != len(np.unique(group_numbers)):
-        raise InputError("a group of near-duplicates lies in more than one fold.", "folds that keep groups whole",
-                         "make folds with grouped_folds from the same groups.")
+        raise InputError(
+            "a group of near-duplicates lies in more than one fold.",
+            "folds that keep groups whole",
+            "make folds with grouped_folds from the same groups.",
+        )
     scores, baseline = np.zeros(labels.shape, dtype=np.float32), np.zeros(labels.shape, dtype=np.float32)
     with track("cross-fitting", len(names), unit="folds") as tracker:
         for name in names:
@@ -201,17 +250,16 @@ def cross_predict(
     return scores, baseline
 
 
-def spearman(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
-    """Return the rank correlation of two vectors; 0.0 if one of them is constant."""
-    ranks_a, ranks_b = average_ranks(a), average_ranks(b)
-    ranks_a, ranks_b = ranks_a - ranks_a.mean(), ranks_b - ranks_b.mean()
-    norm = np.sqrt((ranks_a @ ranks_a) * (ranks_b @ ranks_b))
-    return float(np.clip(ranks_a @ ranks_b / norm, -1.0, 1.0)) if norm > 0 else 0.0
-
-
 def _measure_target(
-    scores: NDArray[np.float64], labels: NDArray[np.float64], *, means: NDArray[np.float64], target: str,
-    sources: Sequence[str] | None, top_fraction: float, num_bootstrap: int, seed: int,
+    scores: NDArray[np.float64],
+    labels: NDArray[np.float64],
+    *,
+    means: NDArray[np.float64],
+    target: str,
+    sources: Sequence[str] | None,
+    top_fraction: float,
+    num_bootstrap: int,
+    seed: int,
 ) -> TargetFidelity:
     ranked = _centred_by_fold(scores, means)
     correlation = spearman(ranked, labels)
@@ -221,12 +269,20 @@ def _measure_target(
     mean_error = float(np.square(labels - means).sum())
     r2 = 1.0 - float(np.square(labels - scores).sum()) / mean_error if mean_error > 0 else None
     return TargetFidelity(
-        target=target, spearman=correlation, p_value=_p_value(correlation, len(labels)),
+        target=target,
+        spearman=correlation,
+        p_value=_p_value(correlation, len(labels)),
         spearman_interval=_bootstrap_interval(ranked, labels, num_bootstrap=num_bootstrap, seed=seed),
-        spearman_within_source=within, num_sources_within=num_sources, r2=r2,
-        top_recall=float(selected @ best) / num_best, mean_label_selected=float(selected @ labels) / num_best,
-        mean_label_all=float(labels.mean()), mean_label_best=float(best @ labels) / num_best,
-        top_fraction=top_fraction, num_texts=len(labels))
+        spearman_within_source=within,
+        num_sources_within=num_sources,
+        r2=r2,
+        top_recall=float(selected @ best) / num_best,
+        mean_label_selected=float(selected @ labels) / num_best,
+        mean_label_all=float(labels.mean()),
+        mean_label_best=float(best @ labels) / num_best,
+        top_fraction=top_fraction,
+        num_texts=len(labels),
+    )
 
 
 def _centred_by_fold(scores: NDArray[np.float64], means: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -249,8 +305,9 @@ def _top_weights(values: NDArray[np.float64], num_best: int) -> NDArray[np.float
     return above + tied * ((num_best - above.sum()) / tied.sum())
 
 
-def _within_sources(scores: NDArray[np.float64], labels: NDArray[np.float64],
-                    sources: Sequence[str] | None) -> tuple[float | None, int]:
+def _within_sources(
+    scores: NDArray[np.float64], labels: NDArray[np.float64], sources: Sequence[str] | None
+) -> tuple[float | None, int]:
     """Return the mean Spearman inside sources, weighted by texts, and how many sources it covers."""
     if sources is None:
         return None, 0
@@ -271,8 +328,9 @@ def _p_value(correlation: float, num_texts: int) -> float:
     return float(stdtr(freedom, -statistic)) if correlation != 0 else 0.5
 
 
-def _bootstrap_interval(scores: NDArray[np.float64], labels: NDArray[np.float64], *, num_bootstrap: int,
-                        seed: int) -> tuple[float, float]:
+def _bootstrap_interval(
+    scores: NDArray[np.float64], labels: NDArray[np.float64], *, num_bootstrap: int, seed: int
+) -> tuple[float, float]:
     """Return percentiles of Spearman over resampled texts, whatever the order of the rows."""
     order = np.lexsort((scores, labels))
     scores, labels = scores[order], labels[order]
@@ -285,17 +343,31 @@ def _bootstrap_interval(scores: NDArray[np.float64], labels: NDArray[np.float64]
     return float(low), float(high)
 
 
-def _check(scores: NDArray[np.float64], labels: NDArray[np.float64], *, means: NDArray[np.float64],
-           target_names: Sequence[str], sources: Sequence[str] | None) -> None:
-    if labels.ndim != 2 or scores.shape != labels.shape or means.shape != labels.shape or (
-            labels.shape[1] != len(target_names)) or (sources is not None and len(sources) != len(labels)):
-        raise InputError(f"scores {scores.shape}, labels {labels.shape}, baseline {means.shape}, {len(target_names)} target "
-                         f"names and {'no' if sources is None else len(sources)} sources were given.",
-                         "matrices of one shape (texts, targets), a name per target, a source per text",
-                         "pass rows of the same texts and columns of the same targets.")
+def _check(
+    scores: NDArray[np.float64],
+    labels: NDArray[np.float64],
+    *,
+    means: NDArray[np.float64],
+    target_names: Sequence[str],
+    sources: Sequence[str] | None,
+) -> None:
+    if (
+        labels.ndim != 2
+        or scores.shape != labels.shape
+        or means.shape != labels.shape
+        or (labels.shape[1] != len(target_names))
+        or (sources is not None and len(sources) != len(labels))
+    ):
+        raise InputError(
+            f"scores {scores.shape}, labels {labels.shape}, baseline {means.shape}, {len(target_names)} target "
+            f"names and {'no' if sources is None else len(sources)} sources were given.",
+            "matrices of one shape (texts, targets), a name per target, a source per text",
+            "pass rows of the same texts and columns of the same targets.",
+        )
     if len(labels) < MIN_TEXTS:
-        raise InputError(f"{len(labels)} held-out texts were given.", f"at least {MIN_TEXTS}; a hundred to be of use",
-                         "hold out more texts.")
+        raise InputError(
+            f"{len(labels)} held-out texts were given.", f"at least {MIN_TEXTS}; a hundred to be of use", "hold out more texts."
+        )
     for what, values in (("scores", scores), ("labels", labels), ("baseline", means)):
         if not np.isfinite(values).all():
             raise NotFiniteError(f"{what} hold NaN or infinite values.", "finite numbers", f"find out why {what} are not finite.")

@@ -74,8 +74,11 @@ class Run:
         """
         if self._pool is None:
             if "pool" not in self.settings():
-                raise MissingFileError(f"the run {self.folder} has no pool yet.", "a run folder whose first stage was given --pool",
-                                       "name the pool: --pool texts.jsonl.")
+                raise MissingFileError(
+                    f"the run {self.folder} has no pool yet.",
+                    "a run folder whose first stage was given --pool",
+                    "name the pool: --pool texts.jsonl.",
+                )
             self._pool = read_texts(str(self.folder / "pool.parquet"))
         return self._pool
 
@@ -93,16 +96,28 @@ class Run:
         pool = self.pool()
         check_at_least("sample_size", size, 1)
         if size > len(pool):
-            raise InputError(f"sample_size={size}, and the pool has {len(pool)} texts.", f"at most {len(pool)}", "label fewer texts.")
+            raise InputError(
+                f"sample_size={size}, and the pool has {len(pool)} texts.", f"at most {len(pool)}", "label fewer texts."
+            )
         ids = list_text_ids(pool)
         order = sorted(range(len(pool)), key=lambda row: fingerprint([seed, ids[row]]))
         return pool.select(order[:size])
 
     # ------------------------------------------------------------------ stages
 
-    def label(self, lm: LanguageModel, targets: Mapping[str, Any], *, sample_size: int, method: str = "grad_dot", seed: int = 0,
-              model_path: str | None = None, target_paths: Mapping[str, str] | None = None, name: str = "labels",
-              **options: Any) -> Labels:
+    def label(
+        self,
+        lm: LanguageModel,
+        targets: Mapping[str, Any],
+        *,
+        sample_size: int,
+        method: str = "grad_dot",
+        seed: int = 0,
+        model_path: str | None = None,
+        target_paths: Mapping[str, str] | None = None,
+        name: str = "labels",
+        **options: Any,
+    ) -> Labels:
         """Measure the influence of a sample; see `oracle.label` for the options.
 
         Args:
@@ -121,8 +136,12 @@ class Run:
         sample = self.sample(sample_size, seed=seed)
         labels = label(lm, sample, targets, method=method, workdir=self.folder / name, seed=seed, **options)
         cost = labels.meta["cost"]
-        self._set_cost(name, seconds=cost["prepare_seconds"] + cost["label_seconds"], flops=cost["label_flops"] + cost["prepare_flops"],
-                       num_texts=len(labels))
+        self._set_cost(
+            name,
+            seconds=cost["prepare_seconds"] + cost["label_seconds"],
+            flops=cost["label_flops"] + cost["prepare_flops"],
+            num_texts=len(labels),
+        )
         if name == "labels" and (model_path or target_paths):
             self._remember(model=model_path, targets=dict(target_paths or {}))
         return labels
@@ -153,15 +172,29 @@ class Run:
         self.add_cost("features", seconds=cost["feature_seconds"], flops=cost["feature_flops"], num_texts=len(features))
         return {"num_texts": len(features), "num_features": features.shape[1], "seconds": round(cost["feature_seconds"], 2)}
 
-    def fit(self, encoders: Sequence[str | Any] = DEFAULT_ENCODERS, surrogate: str | Any = "trees", *, lm: LanguageModel | None = None,
-            num_folds: int = 5, seed: int = 0) -> InfluencePredictor:
+    def fit(
+        self,
+        encoders: Sequence[str | Any] = DEFAULT_ENCODERS,
+        surrogate: str | Any = "trees",
+        *,
+        lm: LanguageModel | None = None,
+        num_folds: int = 5,
+        seed: int = 0,
+    ) -> InfluencePredictor:
         """Fit a surrogate on the run's labels and measure its held-out fidelity; a finished fit is loaded."""
         labels = self.labels()
-        predictor = InfluencePredictor(self.encoders(encoders, lm=lm), _surrogate(surrogate), cache=self.folder / "features",
-                                       num_folds=num_folds, seed=seed)
+        predictor = InfluencePredictor(
+            self.encoders(encoders, lm=lm), _surrogate(surrogate), cache=self.folder / "features", num_folds=num_folds, seed=seed
+        )
         folder = self.folder / "predictors" / predictor.surrogate_name
-        identity = {"labels": fingerprint([labels.text_ids, labels.values.tobytes().hex()]), "encoders": [e.key() for e in predictor.encoders],
-                    "options": predictor.surrogate_options, "num_folds": num_folds, "seed": seed, "version": provenance()["version"]}
+        identity = {
+            "labels": fingerprint([labels.text_ids, labels.values.tobytes().hex()]),
+            "encoders": [e.key() for e in predictor.encoders],
+            "options": predictor.surrogate_options,
+            "num_folds": num_folds,
+            "seed": seed,
+            "version": provenance()["version"],
+        }
         if (folder / "stage.json").exists() and read_json(folder / "stage.json") == _as_json(identity):
             return InfluencePredictor.load(folder, lm=lm, cache=self.folder / "features")
         labelled = set(labels.text_ids)
@@ -172,7 +205,12 @@ class Run:
         write_json(folder / "stage.json", identity)
         cost = predictor.cost_
         self.add_cost("features", seconds=cost["feature_seconds"], flops=cost["feature_flops"])
-        self.add_cost(f"fit {predictor.surrogate_name}", seconds=cost["fit_seconds"] + cost["crossfit_seconds"], flops=0.0, num_texts=len(labels))
+        self.add_cost(
+            f"fit {predictor.surrogate_name}",
+            seconds=cost["fit_seconds"] + cost["crossfit_seconds"],
+            flops=0.0,
+            num_texts=len(labels),
+        )
         return predictor
 
     def predictor(self, surrogate: str | None = None, *, lm: LanguageModel | None = None) -> InfluencePredictor:
@@ -185,8 +223,11 @@ class Run:
         if surrogate is not None:
             folders = [folder for folder in folders if folder.name == surrogate]
         if not folders:
-            raise MissingFileError(f"the run {self.folder} has no fitted predictor" + (f" {surrogate!r}." if surrogate else "."),
-                                   "a run whose fit stage is done", "run `surrogate fit` on this folder first.")
+            raise MissingFileError(
+                f"the run {self.folder} has no fitted predictor" + (f" {surrogate!r}." if surrogate else "."),
+                "a run whose fit stage is done",
+                "run `surrogate fit` on this folder first.",
+            )
         loaded = [InfluencePredictor.load(folder, lm=lm, cache=self.folder / "features") for folder in folders]
         return max(loaded, key=lambda predictor: float(np.mean([row.spearman for row in predictor.fidelity_.surrogate])))
 
@@ -203,7 +244,9 @@ class Run:
         before = dict(predictor.cost_)
         with timed(lambda seconds: spent.__setitem__("seconds", seconds)):
             plain = predictor.predict(self.pool())
-        scores = Scores(np.asarray(plain), text_ids=plain.text_ids, target_names=plain.target_names, num_tokens=self._num_tokens(lm))
+        scores = Scores(
+            np.asarray(plain), text_ids=plain.text_ids, target_names=plain.target_names, num_tokens=self._num_tokens(lm)
+        )
         meta.unlink(missing_ok=True)
         scores.save(path)
         write_json(meta, identity)
@@ -212,13 +255,30 @@ class Run:
         self.add_cost("score", seconds=spent["seconds"] - features["feature_seconds"], flops=0.0, num_texts=len(scores))
         return scores
 
-    def select(self, budget: Budget, *, rule: str = "top", surrogate: str | None = None, lm: LanguageModel | None = None, seed: int = 0,
-               allow_low_fidelity: bool = False, **options: Any) -> Selection:
+    def select(
+        self,
+        budget: Budget,
+        *,
+        rule: str = "top",
+        surrogate: str | None = None,
+        lm: LanguageModel | None = None,
+        seed: int = 0,
+        allow_low_fidelity: bool = False,
+        **options: Any,
+    ) -> Selection:
         """Spend a budget on the scored pool and write the selection (with its texts) to `selection/`."""
         predictor = self.predictor(surrogate, lm=lm)
         scores = self.score(predictor.surrogate_name, lm=lm)
-        selection = select(scores, budget=budget, rule=rule, labels=self.labels(), fidelity=predictor.fidelity_, seed=seed,
-                           allow_low_fidelity=allow_low_fidelity, **options)
+        selection = select(
+            scores,
+            budget=budget,
+            rule=rule,
+            labels=self.labels(),
+            fidelity=predictor.fidelity_,
+            seed=seed,
+            allow_low_fidelity=allow_low_fidelity,
+            **options,
+        )
         selection.save(self.folder / "selection")
         write_texts(self.texts(selection.text_ids), self.folder / "selection" / "texts.parquet")
         return selection
@@ -242,7 +302,10 @@ class Run:
 
     def _set_cost(self, stage: str, *, seconds: float, flops: float, num_texts: int) -> None:
         """Write what a stage that does its own accounting has spent over all its processes."""
-        write_json(self.folder / "cost.json", {**self.costs(), stage: {"seconds": round(seconds, 3), "flops": flops, "num_texts": num_texts}})
+        write_json(
+            self.folder / "cost.json",
+            {**self.costs(), stage: {"seconds": round(seconds, 3), "flops": flops, "num_texts": num_texts}},
+        )
 
     def costs(self) -> dict[str, dict[str, float]]:
         """Return seconds and FLOPs by stage."""
@@ -262,7 +325,7 @@ class Run:
             return None
         from oracle.language_model import LanguageModel
 
-        lm = lm or LanguageModel.from_pretrained(model)
+        lm = lm or LanguageModel.from_pretrained(str(model))
         return [len(text.input_ids) for text in lm.encode(pool)]
 
 

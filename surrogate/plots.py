@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from oracle.artifacts import atomic_path
-from oracle.comparison import spearman
 
 
 def plot_curves(path: Path, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, target: str) -> None:
@@ -35,7 +34,7 @@ def plot_fidelity(path: Path, scores: np.ndarray, labels: np.ndarray, *, title: 
     axes.scatter(labels, scores, s=10, alpha=0.5, linewidths=0)
     axes.axhline(0, color="grey", linewidth=0.5)
     axes.axvline(0, color="grey", linewidth=0.5)
-    axes.set(xlabel=f"label ({units})", ylabel=f"held-out score ({units})", title=f"{title}, {len(labels)} texts, Spearman {spearman(scores, labels):.2f}")
+    axes.set(xlabel=f"label ({units})", ylabel=f"held-out score ({units})", title=f"{title}, {len(labels)} held-out texts")
     _write(figure, path)
 
 

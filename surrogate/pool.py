@@ -56,8 +56,13 @@ class Pool:
 
     def take(self, rows: np.ndarray) -> Pool:
         """Return these rows."""
-        return Pool([self.text_ids[row] for row in rows], self.values[rows], self.target_names,
-                    None if self.num_tokens is None else self.num_tokens[rows], self.is_label[rows])
+        return Pool(
+            [self.text_ids[row] for row in rows],
+            self.values[rows],
+            self.target_names,
+            None if self.num_tokens is None else self.num_tokens[rows],
+            self.is_label[rows],
+        )
 
     def fingerprint(self) -> str:
         """Return 16 hex digits of the text_ids and the values they are ranked by."""
@@ -79,8 +84,11 @@ class Pool:
             NotFiniteError: A label is NaN or infinite.
         """
         if sorted(labels.target_names) != sorted(self.target_names):
-            raise MismatchError(f"labels for {', '.join(labels.target_names)}, scores for {', '.join(self.target_names)}.",
-                                "labels and scores of the same targets", "pass the labels that the predictor was fitted on.")
+            raise MismatchError(
+                f"labels for {', '.join(labels.target_names)}, scores for {', '.join(self.target_names)}.",
+                "labels and scores of the same targets",
+                "pass the labels that the predictor was fitted on.",
+            )
         columns = [list(labels.target_names).index(name) for name in self.target_names]
         measured = np.asarray(labels.values, dtype=np.float32)[:, columns]  # (S, C)
         _check_finite(measured, labels.text_ids, "labels")
@@ -89,9 +97,11 @@ class Pool:
         row_of = {text_id: row for row, text_id in enumerate(self.text_ids)}
         pairs = [(row_of[text_id], row) for row, text_id in enumerate(labels.text_ids) if text_id in row_of]
         if not pairs:
-            raise MismatchError(f"labels of other text_ids: none of {len(labels.text_ids)} is in the pool of "
-                                f"{len(self.text_ids)} texts.", "labels of texts of this pool",
-                                "check that labels and scores were made from the same texts.")
+            raise MismatchError(
+                f"labels of other text_ids: none of {len(labels.text_ids)} is in the pool of {len(self.text_ids)} texts.",
+                "labels of texts of this pool",
+                "check that labels and scores were made from the same texts.",
+            )
         pool_rows, label_rows = np.array(pairs, dtype=np.int64).T
         values, is_label = self.values.copy(), self.is_label.copy()
         values[pool_rows] = measured[label_rows]
@@ -99,8 +109,13 @@ class Pool:
         return replace(self, values=values, is_label=is_label), len(labels.text_ids) - len(pairs)
 
 
-def read_pool(scores: np.ndarray, *, text_ids: Sequence[str] | None, num_tokens: Sequence[int] | np.ndarray | None,
-              target_names: Sequence[str] | None) -> tuple[Pool, int]:
+def read_pool(
+    scores: np.ndarray,
+    *,
+    text_ids: Sequence[str] | None,
+    num_tokens: Sequence[int] | np.ndarray | None,
+    target_names: Sequence[str] | None,
+) -> tuple[Pool, int]:
     """Sort scores by text_id and drop repeats.
 
     Args:
@@ -130,8 +145,11 @@ def read_pool(scores: np.ndarray, *, text_ids: Sequence[str] | None, num_tokens:
         tokens = given
     values = np.asarray(scores, dtype=np.float32)
     if values.shape != (len(ids), len(names)):
-        raise InputError(f"scores of shape {values.shape} with {len(ids)} text_ids and {len(names)} target_names.",
-                         "an array (N, C) with N text_ids and C target_names", "make the three fit each other.")
+        raise InputError(
+            f"scores of shape {values.shape} with {len(ids)} text_ids and {len(names)} target_names.",
+            "an array (N, C) with N text_ids and C target_names",
+            "make the three fit each other.",
+        )
     _check_finite(values, ids, "scores")
     order = pc.sort_indices(pa.array(ids, pa.string())).to_numpy()
     rows = Pool(ids, values, names, tokens, np.zeros(len(ids), dtype=bool)).take(order)
@@ -154,8 +172,11 @@ def _check_finite(values: np.ndarray, text_ids: Sequence[str], what: str) -> Non
     broken = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(broken):
         shown = ", ".join(text_ids[row] for row in broken[:SHOWN_IDS])
-        raise NotFiniteError(f"{what} of {len(broken)} texts are NaN or infinite, first {shown}.", f"finite {what}",
-                             "leave these texts out, or find out why they have no number.")
+        raise NotFiniteError(
+            f"{what} of {len(broken)} texts are NaN or infinite, first {shown}.",
+            f"finite {what}",
+            "leave these texts out, or find out why they have no number.",
+        )
 
 
 def _check_repeats(rows: Pool, pool: Pool, is_first: np.ndarray) -> None:
@@ -168,5 +189,8 @@ def _check_repeats(rows: Pool, pool: Pool, is_first: np.ndarray) -> None:
         differs |= rows.num_tokens != pool.num_tokens[owner]
     if differs.any():
         text_id = rows.text_ids[int(np.flatnonzero(differs)[0])]
-        raise InputError(f"text {text_id} occurs more than once with different scores or token counts.", "one score per text",
-                         "score the pool with one predictor and one tokenizer.")
+        raise InputError(
+            f"text {text_id} occurs more than once with different scores or token counts.",
+            "one score per text",
+            "score the pool with one predictor and one tokenizer.",
+        )

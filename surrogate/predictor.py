@@ -62,14 +62,24 @@ class InfluencePredictor:
     held_out_: Scores
     target_names_: list[str]
 
-    def __init__(self, encoder: str | Encoder | Sequence[str | Encoder] = "sentence", surrogate: str | Surrogate = "trees", *,
-                 cache: FeatureCache | str | Path | None = None, num_folds: int = 5, seed: int = 0) -> None:
+    def __init__(
+        self,
+        encoder: str | Encoder | Sequence[str | Encoder] = "sentence",
+        surrogate: str | Surrogate = "trees",
+        *,
+        cache: FeatureCache | str | Path | None = None,
+        num_folds: int = 5,
+        seed: int = 0,
+    ) -> None:
         check_at_least("num_folds", num_folds, 2)
         given = [encoder] if isinstance(encoder, str) or not isinstance(encoder, Sequence) else list(encoder)
         self.encoders: list[Encoder] = [plugins.create(ENCODERS, item, {}) if isinstance(item, str) else item for item in given]
         if not self.encoders or not all(hasattr(item, "encode") for item in self.encoders):
-            raise InputTypeError(f"encoder={encoder!r}.", "a name, an encoder object, or a list of them: " + ", ".join(plugins.names(ENCODERS)),
-                                 "pass for example encoder='hashed_ngrams'.")
+            raise InputTypeError(
+                f"encoder={encoder!r}.",
+                "a name, an encoder object, or a list of them: " + ", ".join(plugins.names(ENCODERS)),
+                "pass for example encoder='hashed_ngrams'.",
+            )
         self.surrogate_name, self.surrogate_options = _describe_surrogate(surrogate)
         self.cache = FeatureCache(cache) if isinstance(cache, (str, Path)) else cache
         self.num_folds, self.seed = num_folds, seed
@@ -102,12 +112,17 @@ class InfluencePredictor:
         """
         texts = read_texts(sample)
         if sources is not None and len(sources) != len(texts):
-            raise InputError(f"{len(sources)} sources for {len(texts)} texts.", "one source per text", "give one for each row of the sample.")
+            raise InputError(
+                f"{len(sources)} sources for {len(texts)} texts.", "one source per text", "give one for each row of the sample."
+            )
         labelled = set(labels.text_ids)
         rows = [row for row, text_id in enumerate(list_text_ids(texts)) if text_id in labelled]
         if not rows:
-            raise MismatchError(f"none of the {len(texts)} texts is among the {len(labels)} labelled ones.", "the texts that the labels were made for",
-                                "pass the sample that was given to oracle.label.")
+            raise MismatchError(
+                f"none of the {len(texts)} texts is among the {len(labels)} labelled ones.",
+                "the texts that the labels were made for",
+                "pass the sample that was given to oracle.label.",
+            )
         if sources is None and "source" in texts.column_names:
             sources = [str(source) for source in texts["source"]]
         texts = texts.select(rows)
@@ -117,7 +132,9 @@ class InfluencePredictor:
         groups = near_duplicate_groups(strings_of(texts))
         self.target_names_, self.units_ = list(labels.target_names), labels.units
         with timed(lambda seconds: self._add("crossfit_seconds", seconds)):
-            self.fidelity_ = self._cross_fit(features, labels, groups=groups, sources=None if sources is None else [sources[row] for row in rows])
+            self.fidelity_ = self._cross_fit(
+                features, labels, groups=groups, sources=None if sources is None else [sources[row] for row in rows]
+            )
         with timed(lambda seconds: self._add("fit_seconds", seconds)):
             self.surrogate_ = self._new_surrogate().fit(features, labels.values, groups=groups)
         return self
@@ -132,7 +149,9 @@ class InfluencePredictor:
             InputError: The predictor has not been fitted.
         """
         if not hasattr(self, "surrogate_"):
-            raise InputError("this predictor has not been fitted.", "a fitted or loaded predictor", "call fit(sample, labels) first.")
+            raise InputError(
+                "this predictor has not been fitted.", "a fitted or loaded predictor", "call fit(sample, labels) first."
+            )
         dataset = read_texts(texts)
         values = self.surrogate_.predict(self.features(dataset))
         return Scores(values, text_ids=list_text_ids(dataset), target_names=self.target_names_)
@@ -150,13 +169,26 @@ class InfluencePredictor:
                     encoder.save_state(partial / f"encoder-{number}")
                 options = encoder.saved_options() if hasattr(encoder, "saved_options") else plugins.options_of(encoder)
                 encoders.append({"name": encoder.plugin_name, "options": options, "fingerprint": encoder.fingerprint()})
-            write_json(partial / PREDICTOR_FILE, {
-                "encoders": encoders, "surrogate": self.surrogate_name, "options": self.surrogate_options, "num_folds": self.num_folds,
-                "seed": self.seed, "target_names": self.target_names_, "units": self.units_, "fidelity": self.fidelity_.as_dict(),
-                "cost": self.cost_, "provenance": provenance()})
+            write_json(
+                partial / PREDICTOR_FILE,
+                {
+                    "encoders": encoders,
+                    "surrogate": self.surrogate_name,
+                    "options": self.surrogate_options,
+                    "num_folds": self.num_folds,
+                    "seed": self.seed,
+                    "target_names": self.target_names_,
+                    "units": self.units_,
+                    "fidelity": self.fidelity_.as_dict(),
+                    "cost": self.cost_,
+                    "provenance": provenance(),
+                },
+            )
 
     @classmethod
-    def load(cls, folder: str | Path, *, lm: LanguageModel | None = None, cache: FeatureCache | str | Path | None = None) -> InfluencePredictor:
+    def load(
+        cls, folder: str | Path, *, lm: LanguageModel | None = None, cache: FeatureCache | str | Path | None = None
+    ) -> InfluencePredictor:
         """Read what `save` wrote.
 
         Args:
@@ -170,11 +202,17 @@ class InfluencePredictor:
         """
         folder = Path(folder)
         if not (folder / PREDICTOR_FILE).exists():
-            raise MissingFileError(f"there is no predictor in {folder}.", "a folder that InfluencePredictor.save wrote", "check the path, or fit first.")
+            raise MissingFileError(
+                f"there is no predictor in {folder}.",
+                "a folder that InfluencePredictor.save wrote",
+                "check the path, or fit first.",
+            )
         stored = read_json(folder / PREDICTOR_FILE)
         encoders = [_load_encoder(entry, folder / f"encoder-{number}", lm=lm) for number, entry in enumerate(stored["encoders"])]
         surrogate = plugins.load(SURROGATES, stored["surrogate"])
-        predictor = cls(encoders, surrogate(**_as_options(stored["options"])), cache=cache, num_folds=stored["num_folds"], seed=stored["seed"])
+        predictor = cls(
+            encoders, surrogate(**_as_options(stored["options"])), cache=cache, num_folds=stored["num_folds"], seed=stored["seed"]
+        )
         predictor.surrogate_ = surrogate.load(folder / "surrogate")  # type: ignore[attr-defined]
         predictor.held_out_ = Scores.load(folder / HELD_OUT_FILE)
         predictor.target_names_, predictor.units_ = stored["target_names"], stored["units"]
@@ -188,9 +226,17 @@ class InfluencePredictor:
         self.held_out_ = Scores(scores, text_ids=labels.text_ids, target_names=labels.target_names)
         ridge = scores
         if self.surrogate_name != "ridge":
-            ridge, _ = cross_predict(lambda: plugins.create(SURROGATES, "ridge", {}), features, labels.values, folds=folds, groups=groups)
+            ridge, _ = cross_predict(
+                lambda: plugins.create(SURROGATES, "ridge", {}), features, labels.values, folds=folds, groups=groups
+            )
         rows = [measure_fidelity(values, labels.values, baseline=means, **options) for values in (scores, ridge, means)]
-        return Fidelity(surrogate_name=self.surrogate_name, surrogate=rows[0], ridge=rows[1], constant=rows[2], noise_ceiling=noise_ceiling(labels))
+        return Fidelity(
+            surrogate_name=self.surrogate_name,
+            surrogate=rows[0],
+            ridge=rows[1],
+            constant=rows[2],
+            noise_ceiling=noise_ceiling(labels),
+        )
 
     def _new_surrogate(self) -> Surrogate:
         return plugins.create(SURROGATES, self.surrogate_name, self.surrogate_options)
@@ -211,8 +257,11 @@ def _describe_surrogate(surrogate: str | Surrogate) -> tuple[str, dict[str, Any]
         made = plugins.create(SURROGATES, surrogate, {})
         return surrogate, plugins.options_of(made)
     if not hasattr(surrogate, "fit") or not hasattr(surrogate, "plugin_name"):
-        raise InputTypeError(f"surrogate={surrogate!r}.", "a name or a surrogate object: " + ", ".join(plugins.names(SURROGATES)),
-                             "pass for example surrogate='trees'.")
+        raise InputTypeError(
+            f"surrogate={surrogate!r}.",
+            "a name or a surrogate object: " + ", ".join(plugins.names(SURROGATES)),
+            "pass for example surrogate='trees'.",
+        )
     return surrogate.plugin_name, plugins.options_of(surrogate)
 
 
@@ -226,7 +275,10 @@ def _load_encoder(entry: dict[str, Any], folder: Path, *, lm: LanguageModel | No
     options = _as_options(entry["options"])
     encoder: Encoder = plugin.load_state(folder, options, lm=lm) if hasattr(plugin, "load_state") else plugin(**options)
     if encoder.fingerprint() != entry["fingerprint"]:
-        raise MismatchError(f"the encoder {entry['name']!r} has the fingerprint {encoder.fingerprint()}; the predictor was fitted with {entry['fingerprint']}.",
-                            "the same weights and package versions as in the fit",
-                            "use the checkpoint and packages of the fit, or fit the predictor again.")
+        raise MismatchError(
+            f"the encoder {entry['name']!r} has the fingerprint {encoder.fingerprint()}; "
+            f"the predictor was fitted with {entry['fingerprint']}.",
+            "the same weights and package versions as in the fit",
+            "use the checkpoint and packages of the fit, or fit the predictor again.",
+        )
     return encoder

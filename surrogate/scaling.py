@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from oracle.comparison import average_ranks
 from oracle.errors import InputError, NotFiniteError, check_choice
 
 LABEL_SCALES = ("rank", "robust", "none")
@@ -21,13 +22,7 @@ MAX_KNOTS = 512
 NORMAL_MAD_RATIO = 1.4826  # standard deviation over median absolute deviation, for normal data
 LABEL_CLIP = 5.0
 FEATURE_CLIP = 10.0
-
-
-def average_ranks(values: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return the ranks 1..S of a vector, equal values sharing the mean of their ranks."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last_ranks = np.cumsum(counts)
-    return (last_ranks - (counts - 1) / 2.0)[inverse]
+RELEVANCE_FLOOR = 1e-4  # added to squared correlations, so that no column is shut out
 
 
 @dataclass
@@ -90,8 +85,9 @@ class LabelScaler:
         """Return predictions (B, C) on the fitted scale in label units."""
         scaled = self._checked(z)
         if self.method == "rank":
-            columns = [_interpolate(column, quantiles, values)
-                       for column, (values, quantiles) in zip(scaled.T, self._knots, strict=True)]
+            columns = [
+                _interpolate(column, quantiles, values) for column, (values, quantiles) in zip(scaled.T, self._knots, strict=True)
+            ]
             return np.stack(columns, axis=1)
         assert self._center is not None and self._scale is not None
         return scaled * self._scale + self._center
@@ -115,8 +111,9 @@ class LabelScaler:
         scaler = cls(method=LABEL_SCALES[int(arrays["method"][0])])
         if scaler.method == "rank":
             cuts = np.cumsum(arrays["knot_counts"])[:-1]
-            scaler._knots = list(zip(np.split(arrays["knot_values"], cuts), np.split(arrays["knot_quantiles"], cuts),
-                                     strict=True))
+            scaler._knots = list(
+                zip(np.split(arrays["knot_values"], cuts), np.split(arrays["knot_quantiles"], cuts), strict=True)
+            )
         else:
             scaler._center, scaler._scale = arrays["center"], arrays["scale"]
         return scaler
@@ -131,20 +128,33 @@ class LabelScaler:
         num_targets = self._require_fitted()
         matrix = np.asarray(values, dtype=np.float64)
         if matrix.ndim != 2 or matrix.shape[1] != num_targets:
-            raise InputError(f"values of shape {matrix.shape} were given.", f"a matrix with {num_targets} target columns",
-                             "pass one column per target the scaler was fitted on.")
+            raise InputError(
+                f"values of shape {matrix.shape} were given.",
+                f"a matrix with {num_targets} target columns",
+                "pass one column per target the scaler was fitted on.",
+            )
         return matrix
 
 
 @dataclass
 class FeatureScaler:
-    """Standardise features column by column; constant columns become 0; clipped at +-10; float32 out."""
+    """Standardise features column by column; constant columns become 0; clipped at +-10; float32 out.
+
+    Fitted with labels, every column is then multiplied by its relevance: the root of its mean squared correlation
+    with the targets, less what chance alone gives, over the columns' root mean square. A penalty on squared weights
+    then spares the columns that say something, and a thousand hashed n-grams do not drown seven telling ones.
+    """
 
     _mean: NDArray[np.float64] | None = field(default=None, init=False, repr=False)
     _inverse_std: NDArray[np.float64] | None = field(default=None, init=False, repr=False)
+    _relevance: NDArray[np.float64] | None = field(default=None, init=False, repr=False)
 
-    def fit(self, x: ArrayLike) -> FeatureScaler:
-        """Learn mean and standard deviation of features (S, D).
+    def fit(self, x: ArrayLike, y: ArrayLike | None = None) -> FeatureScaler:
+        """Learn mean, standard deviation and (with labels) relevance of the columns.
+
+        Args:
+            x: Features (S, D).
+            y: Labels (S, C) on a scale without outliers; None weighs all columns alike.
 
         Raises:
             NotFiniteError: A feature is NaN or infinite.
@@ -155,41 +165,67 @@ class FeatureScaler:
         std_or_one = np.where(std > 0, std, 1.0)  # a spread below the smallest number rounds to zero
         self._mean = np.where(is_constant, features[0], features.mean(axis=0))
         self._inverse_std = np.where(is_constant | (std == 0), 0.0, 1.0 / std_or_one)
+        self._relevance = np.ones(features.shape[1])
+        if y is not None:
+            self._relevance = _relevance(self._standardised(features), np.asarray(y, dtype=np.float64))
         return self
 
     def transform(self, x: ArrayLike) -> NDArray[np.float32]:
-        """Return standardised features (B, D) as float32."""
-        if self._mean is None or self._inverse_std is None:
+        """Return standardised and weighted features (B, D) as float32."""
+        if self._mean is None or self._relevance is None:
             raise InputError("this FeatureScaler has not been fitted.", "a fitted scaler", "call fit(features) first.")
         features = np.asarray(x)
         if features.ndim != 2 or features.shape[1] != len(self._mean):
-            raise InputError(f"features of shape {features.shape} were given.", f"a matrix with {len(self._mean)} columns",
-                             "use the features that the scaler was fitted on.")
-        scaled = (features - self._mean) * self._inverse_std
-        return np.clip(scaled, -FEATURE_CLIP, FEATURE_CLIP).astype(np.float32)
+            raise InputError(
+                f"features of shape {features.shape} were given.",
+                f"a matrix with {len(self._mean)} columns",
+                "use the features that the scaler was fitted on.",
+            )
+        return (self._standardised(features) * self._relevance).astype(np.float32)
+
+    def _standardised(self, features: NDArray) -> NDArray[np.float64]:
+        assert self._mean is not None and self._inverse_std is not None
+        return np.clip((features - self._mean) * self._inverse_std, -FEATURE_CLIP, FEATURE_CLIP)
 
     def arrays(self) -> dict[str, NDArray]:
         """Return what was learned as named arrays."""
-        if self._mean is None or self._inverse_std is None:
+        if self._mean is None or self._inverse_std is None or self._relevance is None:
             raise InputError("this FeatureScaler has not been fitted.", "a fitted scaler", "call fit(features) first.")
-        return {"mean": self._mean, "inverse_std": self._inverse_std}
+        return {"mean": self._mean, "inverse_std": self._inverse_std, "relevance": self._relevance}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, NDArray]) -> FeatureScaler:
         """Make a fitted scaler from what `arrays` returned."""
         scaler = cls()
-        scaler._mean, scaler._inverse_std = arrays["mean"], arrays["inverse_std"]
+        scaler._mean, scaler._inverse_std, scaler._relevance = arrays["mean"], arrays["inverse_std"], arrays["relevance"]
         return scaler
+
+
+def _relevance(features: NDArray[np.float64], labels: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return (D,) weights of standardised columns, root mean square 1."""
+    spread = labels.std(axis=0)
+    targets = (labels - labels.mean(axis=0))[:, spread > 0] / spread[spread > 0]  # (S, C')
+    if targets.shape[1] == 0:
+        return np.ones(features.shape[1])
+    squared = np.square(features.T @ targets / len(targets)).mean(axis=1)  # (D,)
+    relevance = np.sqrt(np.maximum(squared - 1.0 / len(targets), 0.0) + RELEVANCE_FLOOR)
+    return relevance / np.sqrt(np.square(relevance).mean())
 
 
 def _finite_matrix(what: str, values: ArrayLike) -> NDArray[np.float64]:
     matrix = np.asarray(values, dtype=np.float64)
     if matrix.ndim != 2 or 0 in matrix.shape:
-        raise InputError(f"{what} of shape {matrix.shape} were given.", "a matrix with at least one row and one column",
-                         f"pass {what} with one row per text.")
+        raise InputError(
+            f"{what} of shape {matrix.shape} were given.",
+            "a matrix with at least one row and one column",
+            f"pass {what} with one row per text.",
+        )
     if not np.isfinite(matrix).all():
-        raise NotFiniteError(f"{what} hold {int((~np.isfinite(matrix)).sum())} NaN or infinite values.", "finite numbers",
-                             f"find the texts whose {what} are not finite and leave them out.")
+        raise NotFiniteError(
+            f"{what} hold {int((~np.isfinite(matrix)).sum())} NaN or infinite values.",
+            "finite numbers",
+            f"find the texts whose {what} are not finite and leave them out.",
+        )
     return matrix
 
 

@@ -37,8 +37,14 @@ class Scores(np.ndarray):
     _target_names: list[str]
     _num_tokens: np.ndarray | None
 
-    def __new__(cls, values: Any, *, text_ids: Sequence[str], target_names: Sequence[str],
-                num_tokens: Sequence[int] | np.ndarray | None = None) -> Scores:
+    def __new__(
+        cls,
+        values: Any,
+        *,
+        text_ids: Sequence[str],
+        target_names: Sequence[str],
+        num_tokens: Sequence[int] | np.ndarray | None = None,
+    ) -> Scores:
         """Copy `values` into a float32 array and attach the names.
 
         Raises:
@@ -47,8 +53,11 @@ class Scores(np.ndarray):
         array = np.array(values, dtype=np.float32)
         ids, names = list(text_ids), check_target_names(target_names)
         if array.ndim != 2 or array.shape != (len(ids), len(names)):
-            raise InputError(f"scores of shape {array.shape} with {len(ids)} text_ids and {len(names)} target_names.",
-                             "an array (N, C) with N text_ids and C target_names", "make the three fit each other.")
+            raise InputError(
+                f"scores of shape {array.shape} with {len(ids)} text_ids and {len(names)} target_names.",
+                "an array (N, C) with N text_ids and C target_names",
+                "make the three fit each other.",
+            )
         counts = None if num_tokens is None else check_num_tokens(num_tokens, num_texts=len(ids))
         self = array.view(cls)
         self._text_ids, self._target_names, self._num_tokens = ids, names, counts
@@ -71,8 +80,11 @@ class Scores(np.ndarray):
 
     def _attribute(self, name: str) -> Any:
         if name not in self.__dict__:  # numpy made this object from another, through a method such as .T or .reshape
-            raise InputError("this array was derived from Scores and has lost its text_ids and target_names.",
-                             "the Scores object itself", "keep the original, or wrap the array in Scores(...) again.")
+            raise InputError(
+                "this array was derived from Scores and has lost its text_ids and target_names.",
+                "the Scores object itself",
+                "keep the original, or wrap the array in Scores(...) again.",
+            )
         return self.__dict__[name]
 
     def __getitem__(self, key: Any) -> Any:
@@ -122,8 +134,11 @@ class Scores(np.ndarray):
         table = pq.read_table(path)
         names = [name for name in table.column_names if name not in (ID_COLUMN, TOKENS_COLUMN)]
         if ID_COLUMN not in table.column_names or not names:
-            raise InputError(f"{path} has the columns {', '.join(table.column_names)}.", "text_id and one column per target",
-                             "give a file that Scores.save wrote.")
+            raise InputError(
+                f"{path} has the columns {', '.join(table.column_names)}.",
+                "text_id and one column per target",
+                "give a file that Scores.save wrote.",
+            )
         values = np.stack([table[name].to_numpy() for name in names], axis=1)  # (N, C)
         num_tokens = table[TOKENS_COLUMN].to_numpy() if TOKENS_COLUMN in table.column_names else None
         return cls(values, text_ids=table[ID_COLUMN].to_pylist(), target_names=names, num_tokens=num_tokens)
@@ -133,8 +148,11 @@ def check_target_names(target_names: Sequence[str]) -> list[str]:
     """Return the names as a list; raise `InputError` if one is used twice or is a name of another column."""
     names = list(target_names)
     if not names or len(set(names)) < len(names) or {ID_COLUMN, TOKENS_COLUMN} & set(names):
-        raise InputError(f"target_names={names!r} cannot be used.",
-                         f"at least one name, no name twice, none called {ID_COLUMN} or {TOKENS_COLUMN}", "rename the targets.")
+        raise InputError(
+            f"target_names={names!r} cannot be used.",
+            f"at least one name, no name twice, none called {ID_COLUMN} or {TOKENS_COLUMN}",
+            "rename the targets.",
+        )
     return names
 
 
@@ -142,8 +160,11 @@ def check_num_tokens(num_tokens: Sequence[int] | np.ndarray, *, num_texts: int) 
     """Return (N,) int64 token counts; raise `InputError` unless they are N integers of at least 0."""
     counts = np.asarray(num_tokens)
     if counts.shape != (num_texts,) or counts.dtype.kind not in "iu" or (counts < 0).any():
-        raise InputError(f"num_tokens of type {counts.dtype} and shape {counts.shape} for {num_texts} texts, or some below 0.",
-                         "one integer of at least 0 per text", "count the tokens of each text.")
+        raise InputError(
+            f"num_tokens of type {counts.dtype} and shape {counts.shape} for {num_texts} texts, or some below 0.",
+            "one integer of at least 0 per text",
+            "count the tokens of each text.",
+        )
     return counts.astype(np.int64)
 
 

@@ -68,8 +68,11 @@ class Budget:
     def __post_init__(self) -> None:
         given = {name: value for name, value in asdict(self).items() if value is not None}
         if len(given) != 1:
-            raise InputError(f"a budget with {', '.join(given) or 'nothing'} set.", "exactly one of tokens, texts, fraction",
-                             "write for example Budget(fraction=0.2).")
+            raise InputError(
+                f"a budget with {', '.join(given) or 'nothing'} set.",
+                "exactly one of tokens, texts, fraction",
+                "write for example Budget(fraction=0.2).",
+            )
         name, value = next(iter(given.items()))
         is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
         if name == "fraction":
@@ -80,8 +83,9 @@ class Budget:
 
     def as_dict(self) -> dict[str, float]:
         """Return the one entry that is set."""
-        return {name: float(value) if name == "fraction" else int(value)
-                for name, value in asdict(self).items() if value is not None}
+        return {
+            name: float(value) if name == "fraction" else int(value) for name, value in asdict(self).items() if value is not None
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,12 +135,25 @@ class Selection:
         with atomic_path(folder / "selection.jsonl") as partial, partial.open("w", encoding="utf-8") as file:
             for row in range(len(self)):
                 values = {name: float(value) for name, value in zip(self.target_names, self.values[row], strict=True)}
-                line = {"rank": self.ranks[row], "text_id": self.text_ids[row], "reason": self.reasons[row],
-                        "combined": float(self.combined[row]), "values": values,
-                        "num_tokens": None if self.tokens_per_text is None else self.tokens_per_text[row]}
+                line = {
+                    "rank": self.ranks[row],
+                    "text_id": self.text_ids[row],
+                    "reason": self.reasons[row],
+                    "combined": float(self.combined[row]),
+                    "values": values,
+                    "num_tokens": None if self.tokens_per_text is None else self.tokens_per_text[row],
+                }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        write_json(folder / "meta.json", {"target_names": self.target_names, "num_texts": self.num_texts,
-                                          "num_tokens": self.num_tokens, "counts": self.counts, "meta": self.meta})
+        write_json(
+            folder / "meta.json",
+            {
+                "target_names": self.target_names,
+                "num_texts": self.num_texts,
+                "num_tokens": self.num_tokens,
+                "counts": self.counts,
+                "meta": self.meta,
+            },
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> Selection:
@@ -147,23 +164,42 @@ class Selection:
         """
         folder = Path(folder)
         if not (folder / "selection.jsonl").exists():
-            raise MissingFileError(f"there is no selection in {folder}.", "a folder that Selection.save wrote",
-                                   "check the path, or select first.")
+            raise MissingFileError(
+                f"there is no selection in {folder}.", "a folder that Selection.save wrote", "check the path, or select first."
+            )
         meta = read_json(folder / "meta.json")
         names = meta["target_names"]
         with (folder / "selection.jsonl").open(encoding="utf-8") as file:
             lines = [json.loads(line) for line in file]
         values = np.array([[line["values"][name] for name in names] for line in lines], dtype=np.float32)
-        return cls(text_ids=[line["text_id"] for line in lines], reasons=[line["reason"] for line in lines],
-                   ranks=[line["rank"] for line in lines], values=values, combined=np.array([line["combined"] for line in lines]),
-                   target_names=names, counts=meta["counts"], meta=meta["meta"],
-                   tokens_per_text=None if meta["num_tokens"] is None else [line["num_tokens"] for line in lines])
+        return cls(
+            text_ids=[line["text_id"] for line in lines],
+            reasons=[line["reason"] for line in lines],
+            ranks=[line["rank"] for line in lines],
+            values=values,
+            combined=np.array([line["combined"] for line in lines]),
+            target_names=names,
+            counts=meta["counts"],
+            meta=meta["meta"],
+            tokens_per_text=None if meta["num_tokens"] is None else [line["num_tokens"] for line in lines],
+        )
 
 
-def select(scores: np.ndarray, *, budget: Budget, rule: str | Rule = "top", text_ids: Sequence[str] | None = None,
-           num_tokens: Sequence[int] | np.ndarray | None = None, target_names: Sequence[str] | None = None,
-           labels: LabelsLike | None = None, fidelity: Fidelity | None = None, allow_low_fidelity: bool = False,
-           exclude: Iterable[str] = (), seed: int = 0, **options: Any) -> Selection:
+def select(
+    scores: np.ndarray,
+    *,
+    budget: Budget,
+    rule: str | Rule = "top",
+    text_ids: Sequence[str] | None = None,
+    num_tokens: Sequence[int] | np.ndarray | None = None,
+    target_names: Sequence[str] | None = None,
+    labels: LabelsLike | None = None,
+    fidelity: Fidelity | None = None,
+    allow_low_fidelity: bool = False,
+    exclude: Iterable[str] = (),
+    seed: int = 0,
+    **options: Any,
+) -> Selection:
     """Choose texts from a pool.
 
     Args:
@@ -211,32 +247,63 @@ def select(scores: np.ndarray, *, budget: Budget, rule: str | Rule = "top", text
     order = _checked_order(rule_object, pool, seed)
     ranks = np.arange(limit) if budget.tokens is None else _fill(order, pool, limit)
     kept = order[ranks]
-    combined = combine(pool.values, getattr(rule_object, "combine", "sum_z"), target_names=pool.target_names,
-                       weights=getattr(rule_object, "weights", None))
+    combined = combine(
+        pool.values,
+        getattr(rule_object, "combine", "sum_z"),
+        target_names=pool.target_names,
+        weights=getattr(rule_object, "weights", None),
+    )
     blind_reason = None if getattr(rule_object, "uses_scores", True) else _rule_name(rule_object)
     reasons = [blind_reason or ("label" if pool.is_label[row] else "score") for row in kept]
-    counts = {"pool": num_pool, "duplicates": num_duplicates, "excluded": num_pool - len(pool.text_ids),
-              "candidates": len(pool.text_ids), "labelled": int(pool.is_label.sum()), "labels_not_in_pool": num_unknown,
-              "selected": len(kept), "by_label": 0, "by_score": 0}
+    counts = {
+        "pool": num_pool,
+        "duplicates": num_duplicates,
+        "excluded": num_pool - len(pool.text_ids),
+        "candidates": len(pool.text_ids),
+        "labelled": int(pool.is_label.sum()),
+        "labels_not_in_pool": num_unknown,
+        "selected": len(kept),
+        "by_label": 0,
+        "by_score": 0,
+    }
     counts |= {f"by_{reason}": count for reason, count in sorted(Counter(reasons).items())}
-    meta = {"rule": _rule_name(rule_object), "options": plugins.options_of(rule_object), "budget": budget.as_dict(), "seed": seed,
-            "pool_fingerprint": pool.fingerprint(), "targets_at_chance": at_chance, "allow_low_fidelity": allow_low_fidelity,
-            **provenance()}
+    meta = {
+        "rule": _rule_name(rule_object),
+        "options": plugins.options_of(rule_object),
+        "budget": budget.as_dict(),
+        "seed": seed,
+        "pool_fingerprint": pool.fingerprint(),
+        "targets_at_chance": at_chance,
+        "allow_low_fidelity": allow_low_fidelity,
+        **provenance(),
+    }
     chosen = pool.take(kept)
-    return Selection(text_ids=chosen.text_ids, reasons=reasons, ranks=[int(rank) + 1 for rank in ranks], values=chosen.values,
-                     combined=combined[kept], target_names=chosen.target_names, counts=counts, meta=meta,
-                     tokens_per_text=None if chosen.num_tokens is None else chosen.num_tokens.tolist())
+    return Selection(
+        text_ids=chosen.text_ids,
+        reasons=reasons,
+        ranks=[int(rank) + 1 for rank in ranks],
+        values=chosen.values,
+        combined=combined[kept],
+        target_names=chosen.target_names,
+        counts=counts,
+        meta=meta,
+        tokens_per_text=None if chosen.num_tokens is None else chosen.num_tokens.tolist(),
+    )
 
 
 def _make_rule(rule: str | Rule, options: Mapping[str, Any]) -> Rule:
     if isinstance(rule, str):
         return plugins.create(RULES, rule, dict(options))
     if not hasattr(rule, "order") or not is_dataclass(rule):
-        raise InputTypeError(f"rule={rule!r} is not a dataclass with a method order.",
-                             ", ".join(plugins.names(RULES)) + ", or a rule object", "choose a rule by name.")
+        raise InputTypeError(
+            f"rule={rule!r} is not a dataclass with a method order.",
+            ", ".join(plugins.names(RULES)) + ", or a rule object",
+            "choose a rule by name.",
+        )
     if options:
-        raise InputError(f"options {', '.join(options)} beside a rule object.", "options only with a rule's name",
-                         "set them on the object.")
+        raise InputError(
+            f"options {', '.join(options)} beside a rule object.", "options only with a rule's name", "set them on the object."
+        )
     return rule
 
 
@@ -255,15 +322,19 @@ def _check_fidelity(rule: Rule, target_names: list[str], fidelity: Fidelity | No
         return []
     measured = [row.target for row in fidelity.surrogate]
     if not set(used) <= set(measured):
-        raise MismatchError(f"fidelity of the targets {', '.join(measured)}, scores of {', '.join(target_names)}.",
-                            "fidelity of the predictor that made the scores", "pass that predictor's fidelity_.")
+        raise MismatchError(
+            f"fidelity of the targets {', '.join(measured)}, scores of {', '.join(target_names)}.",
+            "fidelity of the predictor that made the scores",
+            "pass that predictor's fidelity_.",
+        )
     at_chance = [name for name in used if name in fidelity.targets_at_chance()]
     if at_chance and not allow:
-        raise LowFidelityError("the surrogate's held-out agreement with the labels is not above chance for "
-                               f"{', '.join(at_chance)}.",
-                               "scores that rank texts better than chance for every target that the rule looks at",
-                               "label more texts, use richer features, or use a cheaper oracle and so afford more labels; "
-                               "leave the target out (combine, weights); or pass allow_low_fidelity=True to go on all the same.")
+        raise LowFidelityError(
+            f"the surrogate's held-out agreement with the labels is not above chance for {', '.join(at_chance)}.",
+            "scores that rank texts better than chance for every target that the rule looks at",
+            "label more texts, use richer features, or use a cheaper oracle and so afford more labels; "
+            "leave the target out (combine, weights); or pass allow_low_fidelity=True to go on all the same.",
+        )
     return at_chance
 
 
@@ -273,8 +344,11 @@ def _limit(budget: Budget, pool: Pool, *, num_pool: int) -> int:
     num_candidates = len(pool.text_ids)
     if kind == "tokens":
         if pool.num_tokens is None:
-            raise InputError(f"a budget of {value} tokens without token counts.", "num_tokens, or a budget of texts or fraction",
-                             "pass num_tokens=..., or Budget(texts=...).")
+            raise InputError(
+                f"a budget of {value} tokens without token counts.",
+                "num_tokens, or a budget of texts or fraction",
+                "pass num_tokens=..., or Budget(texts=...).",
+            )
         limit, available = int(value), int(pool.num_tokens.sum())
         smallest = int(pool.num_tokens.min()) if num_candidates else 0
     else:
@@ -283,11 +357,17 @@ def _limit(budget: Budget, pool: Pool, *, num_pool: int) -> int:
         available, smallest = num_candidates, 1
     unit = "tokens" if kind == "tokens" else "texts"
     if limit > available:
-        raise InputError(f"a budget of {limit} {unit} for {available} {unit} that may be chosen.", f"at most {available} {unit}",
-                         "lower the budget, enlarge the pool, or exclude less.")
+        raise InputError(
+            f"a budget of {limit} {unit} for {available} {unit} that may be chosen.",
+            f"at most {available} {unit}",
+            "lower the budget, enlarge the pool, or exclude less.",
+        )
     if limit < smallest:
-        raise InputError(f"a budget of {kind}={value} keeps nothing of {num_candidates} texts.", f"at least {smallest} {unit}",
-                         "raise the budget.")
+        raise InputError(
+            f"a budget of {kind}={value} keeps nothing of {num_candidates} texts.",
+            f"at least {smallest} {unit}",
+            "raise the budget.",
+        )
     return limit
 
 
@@ -295,8 +375,9 @@ def _checked_order(rule: Rule, pool: Pool, seed: int) -> np.ndarray:
     num_texts = len(pool.text_ids)
     order = np.asarray(rule.order(pool.values, target_names=pool.target_names, seed=seed))
     if order.shape != (num_texts,) or not np.array_equal(np.sort(order), np.arange(num_texts)):
-        raise InputError(f"rule {_rule_name(rule)!r} returned no order of the {num_texts} texts.", "each row number once",
-                         "correct the rule.")
+        raise InputError(
+            f"rule {_rule_name(rule)!r} returned no order of the {num_texts} texts.", "each row number once", "correct the rule."
+        )
     return order
 
 

@@ -82,8 +82,11 @@ def grouped_folds(groups: ArrayLike, *, num_folds: int, seed: int, keys: Sequenc
     check_at_least("num_folds", num_folds, 2)
     members = _members_in_key_order(groups, seed, keys)
     if len(members) < num_folds:
-        raise InputError(f"num_folds={num_folds} with {len(members)} groups of near-duplicates.",
-                         "at most as many folds as groups", "ask for fewer folds or give texts that differ more.")
+        raise InputError(
+            f"num_folds={num_folds} with {len(members)} groups of near-duplicates.",
+            "at most as many folds as groups",
+            "ask for fewer folds or give texts that differ more.",
+        )
     folds = np.zeros(sum(map(len, members)), dtype=np.int64)
     fold_sizes = [0] * num_folds
     for rows in sorted(members, key=len, reverse=True):  # stable: key order among groups of equal size
@@ -114,8 +117,9 @@ def grouped_holdout(groups: ArrayLike, *, fraction: float, seed: int, keys: Sequ
     _check_between("fraction", fraction, including_one=False)
     members = _members_in_key_order(groups, seed, keys)
     if len(members) < 2:
-        raise InputError(f"{len(members)} group of near-duplicates to split.", "at least two groups",
-                         "give texts that differ more.")
+        raise InputError(
+            f"{len(members)} group of near-duplicates to split.", "at least two groups", "give texts that differ more."
+        )
     num_texts = sum(map(len, members))
     wanted = max(1, round(fraction * num_texts))
     taken: list[NDArray[np.intp]] = []
@@ -134,8 +138,11 @@ def _members_in_key_order(groups: ArrayLike, seed: int, keys: Sequence[str] | No
     check_at_least("seed", seed, 0)
     numbers = np.asarray(groups)
     if numbers.ndim != 1 or (keys is not None and len(keys) != len(numbers)):
-        raise InputError(f"groups of shape {numbers.shape} and {'no' if keys is None else len(keys)} keys were given.",
-                         "a vector of group numbers and as many keys", "pass one group number and one key per text.")
+        raise InputError(
+            f"groups of shape {numbers.shape} and {'no' if keys is None else len(keys)} keys were given.",
+            "a vector of group numbers and as many keys",
+            "pass one group number and one key per text.",
+        )
     row_keys = [str(row) for row in range(len(numbers))] if keys is None else list(keys)
     _, inverse, counts = np.unique(numbers, return_inverse=True, return_counts=True)
     members = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts)[:-1]) if len(numbers) else []
@@ -148,8 +155,7 @@ def _check_between(option: str, value: float, *, including_one: bool) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (is_number and (0 < value < 1 or (including_one and value == 1))):
         end = "up to 1" if including_one else "below 1"
-        raise InputError(f"{option}={value!r} cannot be used.", f"a number above 0 and {end}",
-                         f"pass such a value for {option}.")
+        raise InputError(f"{option}={value!r} cannot be used.", f"a number above 0 and {end}", f"pass such a value for {option}.")
 
 
 def _hash(text: str) -> int:
@@ -179,7 +185,7 @@ def _shingles(text: str, word_hashes: dict[str, int]) -> NDArray[np.uint64]:
         units = np.concatenate([units, np.zeros(max(0, width - len(units)), dtype=np.uint64)])
     hashes = np.full(len(units) - width + 1, width, dtype=np.uint64)
     for offset in range(width):
-        hashes = _mix(hashes * np.uint64(0x9E3779B97F4A7C15) + units[offset:offset + len(hashes)])
+        hashes = _mix(hashes * np.uint64(0x9E3779B97F4A7C15) + units[offset : offset + len(hashes)])
     return hashes
 
 
@@ -199,7 +205,7 @@ def _signatures(strings: Sequence[str], seed: int) -> NDArray[np.uint32]:
             flat = np.concatenate(block)
             for index in range(NUM_HASHES):
                 high = ((flat * factors[index] + shifts[index]) >> np.uint64(32)).astype(np.uint32)
-                signatures[start:position + 1, index] = np.minimum.reduceat(high, starts)
+                signatures[start : position + 1, index] = np.minimum.reduceat(high, starts)
             start, block, block_size = position + 1, [], 0
     return signatures
 
@@ -220,7 +226,7 @@ def _connected(signatures: NDArray[np.uint32], threshold: float) -> NDArray[np.i
     num_unique, num_rows = len(signatures), _rows_per_band(threshold)
     pairs: list[NDArray[np.int64]] = []
     for band in range(NUM_HASHES // num_rows):
-        columns = signatures[:, band * num_rows:(band + 1) * num_rows].astype(np.uint64)
+        columns = signatures[:, band * num_rows : (band + 1) * num_rows].astype(np.uint64)
         buckets = np.zeros(num_unique, dtype=np.uint64)
         for column in columns.T:
             buckets = _mix(buckets + column + np.uint64(1))

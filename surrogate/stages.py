@@ -17,8 +17,20 @@ from surrogate.pipeline import DEFAULT_ENCODERS, Run, parse_options
 from surrogate.selection import Budget
 
 
-def label_stage(folder: Path, targets: Sequence[str], *, model: str, pool: Sequence[str] | None, text_column: str, method: str,
-                sample_size: int, max_tokens: int, dtype: str, options: Sequence[str], seed: int) -> dict[str, Any]:
+def label_stage(
+    folder: Path,
+    targets: Sequence[str],
+    *,
+    model: str,
+    pool: Sequence[str] | None,
+    text_column: str,
+    method: str,
+    sample_size: int,
+    max_tokens: int,
+    dtype: str,
+    options: Sequence[str],
+    seed: int,
+) -> dict[str, Any]:
     """Label a sample with a model from a folder or the hub."""
     from oracle.language_model import LanguageModel
 
@@ -26,8 +38,16 @@ def label_stage(folder: Path, targets: Sequence[str], *, model: str, pool: Seque
     pool_summary = give_pool(run, pool, text_column)
     paths = parse_targets(targets)
     lm = LanguageModel.from_pretrained(model, max_tokens=max_tokens, dtype=dtype)
-    labels = run.label(lm, read_target_paths(paths), sample_size=sample_size, method=method, seed=seed, model_path=model, target_paths=paths,
-                       **parse_options(options))
+    labels = run.label(
+        lm,
+        read_target_paths(paths),
+        sample_size=sample_size,
+        method=method,
+        seed=seed,
+        model_path=model,
+        target_paths=paths,
+        **parse_options(options),
+    )
     return {"run_folder": str(folder), **pool_summary, **describe_labels(labels)}
 
 
@@ -43,7 +63,12 @@ def fit_stage(folder: Path, encoders: Sequence[str] | None, *, surrogate: str, f
     """Fit a surrogate; the fidelity table goes to stderr."""
     predictor = Run(folder).fit(list(encoders or DEFAULT_ENCODERS), surrogate, num_folds=folds, seed=seed)
     sys.stderr.write(predictor.fidelity_.table() + "\n")
-    return {"run_folder": str(folder), "surrogate": predictor.surrogate_name, "fidelity": predictor.fidelity_.as_dict(), "cost": predictor.cost_}
+    return {
+        "run_folder": str(folder),
+        "surrogate": predictor.surrogate_name,
+        "fidelity": predictor.fidelity_.as_dict(),
+        "cost": predictor.cost_,
+    }
 
 
 def score_stage(folder: Path, surrogate: str | None) -> dict[str, Any]:
@@ -51,19 +76,40 @@ def score_stage(folder: Path, surrogate: str | None) -> dict[str, Any]:
     run = Run(folder)
     scores = run.score(surrogate)
     values = np.asarray(scores)
-    ranges = {name: {"mean": float(column.mean()), "min": float(column.min()), "max": float(column.max())}
-              for name, column in zip(scores.target_names, values.T, strict=True)}
-    return {"run_folder": str(folder), "surrogate": surrogate or run.predictor().surrogate_name, "num_texts": len(values), "scores": ranges}
+    ranges = {
+        name: {"mean": float(column.mean()), "min": float(column.min()), "max": float(column.max())}
+        for name, column in zip(scores.target_names, values.T, strict=True)
+    }
+    return {
+        "run_folder": str(folder),
+        "surrogate": surrogate or run.predictor().surrogate_name,
+        "num_texts": len(values),
+        "scores": ranges,
+    }
 
 
-def select_stage(folder: Path, budget: Mapping[str, float | int | None], *, rule: str, surrogate: str | None, options: Sequence[str],
-                 allow_low_fidelity: bool, seed: int) -> dict[str, Any]:
+def select_stage(
+    folder: Path,
+    budget: Mapping[str, float | int | None],
+    *,
+    rule: str,
+    surrogate: str | None,
+    options: Sequence[str],
+    allow_low_fidelity: bool,
+    seed: int,
+) -> dict[str, Any]:
     """Spend the budget."""
     spending = Budget(**{name: value for name, value in budget.items() if value is not None})  # type: ignore[arg-type]
-    selection = Run(folder).select(spending, rule=rule, surrogate=surrogate, seed=seed, allow_low_fidelity=allow_low_fidelity,
-                                   **parse_options(options))
-    return {"run_folder": str(folder), "selection": str(folder / "selection"), "num_texts": selection.num_texts,
-            "num_tokens": selection.num_tokens, "counts": selection.counts}
+    selection = Run(folder).select(
+        spending, rule=rule, surrogate=surrogate, seed=seed, allow_low_fidelity=allow_low_fidelity, **parse_options(options)
+    )
+    return {
+        "run_folder": str(folder),
+        "selection": str(folder / "selection"),
+        "num_texts": selection.num_texts,
+        "num_tokens": selection.num_tokens,
+        "counts": selection.counts,
+    }
 
 
 def give_pool(run: Run, pool: Sequence[str] | None, text_column: str) -> dict[str, Any]:
@@ -88,7 +134,11 @@ def parse_targets(given: Sequence[str]) -> dict[str, str]:
     for pair in given:
         name, equals, path = pair.partition("=")
         if not equals or not name or not path or name in paths:
-            raise InputError(f"--target {pair!r} cannot be used.", "NAME=FILE, each name once", "write for example --target math=math_dev.jsonl.")
+            raise InputError(
+                f"--target {pair!r} cannot be used.",
+                "NAME=FILE, each name once",
+                "write for example --target math=math_dev.jsonl.",
+            )
         paths[name] = path
     return paths
 
@@ -110,7 +160,15 @@ def read_target_paths(paths: Mapping[str, str]) -> dict[str, Any]:
 
 def describe_labels(labels: Labels) -> dict[str, Any]:
     """Summarise labels for people and programs."""
-    summary = {name: {"mean": float(column.mean()), "std": float(column.std()), "share_positive": float((column > 0).mean())}
-               for name, column in zip(labels.target_names, labels.values.T, strict=True)}
-    return {"labelled": len(labels), "units": labels.units, "labels": summary, "noise_ceiling": noise_ceiling(labels),
-            "facts": labels.meta["facts"], "cost": labels.meta["cost"]}
+    summary = {
+        name: {"mean": float(column.mean()), "std": float(column.std()), "share_positive": float((column > 0).mean())}
+        for name, column in zip(labels.target_names, labels.values.T, strict=True)
+    }
+    return {
+        "labelled": len(labels),
+        "units": labels.units,
+        "labels": summary,
+        "noise_ceiling": noise_ceiling(labels),
+        "facts": labels.meta["facts"],
+        "cost": labels.meta["cost"],
+    }

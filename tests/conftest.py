@@ -18,12 +18,23 @@ def build_module(kind: str, **options: Any) -> torch.nn.Module:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     configs = {
         "neox": lambda: tf.GPTNeoXConfig(**sizes, intermediate_size=64, **common),
-        "gpt2": lambda: tf.GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0,
-                                      embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, **options),
+        "gpt2": lambda: tf.GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=64,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            use_cache=False,
+            **options,
+        ),
         "llama": lambda: tf.LlamaConfig(**sizes, num_key_value_heads=2, intermediate_size=64, **common),
         "qwen3": lambda: tf.Qwen3Config(**sizes, num_key_value_heads=2, head_dim=8, intermediate_size=64, **common),
-        "mixtral": lambda: tf.MixtralConfig(**sizes, num_key_value_heads=2, intermediate_size=32, num_local_experts=4,
-                                            num_experts_per_tok=2, **common),
+        "mixtral": lambda: tf.MixtralConfig(
+            **sizes, num_key_value_heads=2, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, **common
+        ),
     }
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
@@ -50,8 +61,12 @@ def build_tokenizer(texts: list[str]) -> Any:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY + 89, special_tokens=["<eos>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY + 89,
+        special_tokens=["<eos>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
@@ -71,8 +86,9 @@ def make_tokenizer() -> Any:
     return build_tokenizer
 
 
-def train_adamw(module: torch.nn.Module, rows: list[dict[str, Any]], *, num_steps: int = 3, lr: float = 1e-3,
-                texts_per_step: int = 1) -> torch.optim.AdamW:
+def train_adamw(
+    module: torch.nn.Module, rows: list[dict[str, Any]], *, num_steps: int = 3, lr: float = 1e-3, texts_per_step: int = 1
+) -> torch.optim.AdamW:
     """Take a few AdamW steps, so that the optimiser has a real state."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.1)
     for step in range(num_steps):

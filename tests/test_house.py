@@ -26,8 +26,10 @@ def _imports(path: Path) -> set[str]:
 
 
 def test_importing_loads_nothing_heavy():
-    code = ("import sys, oracle, surrogate; heavy = {'torch', 'transformers', 'lightgbm', 'ray', 'datasets', 'sklearn', 'scipy'};"
-            "sys.exit(','.join(sorted(heavy & set(sys.modules))) or 0)")
+    code = (
+        "import sys, oracle, surrogate; heavy = {'torch', 'transformers', 'lightgbm', 'ray', 'datasets', 'sklearn', 'scipy'};"
+        "sys.exit(','.join(sorted(heavy & set(sys.modules))) or 0)"
+    )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
 
@@ -50,7 +52,9 @@ def test_imports_have_no_cycle():
     modules = {str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path for path in SOURCES}
     graph = {}
     for name, path in modules.items():
-        top_level = {n for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom)) for n in _names(node)}
+        top_level = {
+            n for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom)) for n in _names(node)
+        }
         graph[name] = {other for other in top_level if other in modules and other != name}
     visiting, done = set(), set()
 
@@ -77,7 +81,9 @@ def _names(node: ast.Import | ast.ImportFrom) -> set[str]:
 def test_the_readme_table_is_the_generated_one():
     from surrogate.catalogue import as_markdown
 
-    assert as_markdown() in (ROOT / "README.md").read_text(), "run `surrogate methods --markdown` and paste its output into README.md"
+    assert as_markdown() in (ROOT / "README.md").read_text(), (
+        "run `surrogate methods --markdown` and paste its output into README.md"
+    )
 
 
 def test_every_plugin_option_has_a_sentence_of_help():

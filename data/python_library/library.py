@@ -30,10 +30,17 @@ LOCAL_FILES = ("_sysconfigdata", "sitecustomize", "usercustomize")  # they diffe
 TEST_FOLDERS = {"test", "tests", "idle_test"}
 TOPICS_FILE = "pydoc_data/topics.py"
 TEXT_FILES = {
-    "email/architecture.rst": "documentation", "idlelib/help.html": "documentation",
-    "idlelib/NEWS.txt": "news", "idlelib/News3.txt": "news", "idlelib/NEWS2x.txt": "news", "idlelib/HISTORY.txt": "news",
-    "lib2to3/Grammar.txt": "data", "lib2to3/PatternGrammar.txt": "data", "idlelib/config-keys.def": "data",
-    "idlelib/config-highlight.def": "data"}
+    "email/architecture.rst": "documentation",
+    "idlelib/help.html": "documentation",
+    "idlelib/NEWS.txt": "news",
+    "idlelib/News3.txt": "news",
+    "idlelib/NEWS2x.txt": "news",
+    "idlelib/HISTORY.txt": "news",
+    "lib2to3/Grammar.txt": "data",
+    "lib2to3/PatternGrammar.txt": "data",
+    "idlelib/config-keys.def": "data",
+    "idlelib/config-highlight.def": "data",
+}
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -86,8 +93,11 @@ def _files(folder: str, without: Sequence[str]) -> Iterator[tuple[str, Path]]:
 def read_topics(folder: str) -> dict[str, list[Passage]]:
     """Return the documentation passages by topic; a paragraph of several topics belongs to the shortest of them."""
     tree = ast.parse(Path(folder, TOPICS_FILE).read_text(encoding="utf-8"))
-    topics: dict[str, str] = next(ast.literal_eval(node.value) for node in tree.body
-                                  if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None)
+    topics: dict[str, str] = next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None
+    )
     seen: set[str] = set()
     passages = {}
     for topic in sorted(topics, key=lambda topic: (len(topics[topic]), topic)):
@@ -100,8 +110,9 @@ def read_topics(folder: str) -> dict[str, list[Passage]]:
                 seen.add(words)
                 stretches[-1].append(paragraph)
         texts = [text for stretch in stretches for text in _pack(stretch, "\n\n")]
-        passages[topic] = [Passage(text, "topics", "documentation", f"topics:{topic}:{number}")
-                           for number, text in enumerate(texts)]
+        passages[topic] = [
+            Passage(text, "topics", "documentation", f"topics:{topic}:{number}") for number, text in enumerate(texts)
+        ]
     return passages
 
 
@@ -112,8 +123,10 @@ def _from_text_file(name: str, path: Path, kind: str) -> list[Passage]:
         reader.feed(text)
         text = "".join(reader.parts)
     source = name.split("/")[0].removesuffix(".txt")
-    return [Passage(text, source, kind, f"{name}:{kind}:{number}")
-            for number, text in enumerate(_pack(re.split(r"\n\s*\n", text), "\n\n"))]
+    return [
+        Passage(text, source, kind, f"{name}:{kind}:{number}")
+        for number, text in enumerate(_pack(re.split(r"\n\s*\n", text), "\n\n"))
+    ]
 
 
 class _HtmlText(HTMLParser):
@@ -148,14 +161,19 @@ def _from_source(name: str, path: Path, *, is_test: bool = False) -> list[Passag
     found += [(line, "test" if is_test else "code", [text]) for line, text in _code(definitions, lines, taken)]
     if not is_test:
         nodes: list[ast.Module | Definition] = [tree, *definitions]
-        found += [(number, "docstring", _pack((ast.get_docstring(node) or "").split("\n\n"), "\n\n"))
-                  for number, node in enumerate(nodes)]
+        found += [
+            (number, "docstring", _pack((ast.get_docstring(node) or "").split("\n\n"), "\n\n"))
+            for number, node in enumerate(nodes)
+        ]
         found += [(line, "data", pieces) for line, pieces in _tables(tree, lines, taken)]
         for node in nodes:
             taken.update(_docstring_lines(node))
         found += [(line, "comment", pieces) for line, pieces in _comments(lines, taken)]
-    return [Passage(text, top, kind, f"{name}:{kind}:{place}:{number}") for place, kind, texts in found
-            for number, text in enumerate(texts)]
+    return [
+        Passage(text, top, kind, f"{name}:{kind}:{place}:{number}")
+        for place, kind, texts in found
+        for number, text in enumerate(texts)
+    ]
 
 
 def _definitions(node: ast.AST) -> Iterator[Definition]:
@@ -184,7 +202,7 @@ def _code(definitions: Iterable[Definition], lines: list[str], taken: set[int]) 
             continue
         inner = [child for child in ast.walk(node) if isinstance(child, Definition)]
         docstrings = {line for child in inner for line in _docstring_lines(child) if line > child.lineno}
-        kept = [line for number, line in enumerate(lines[start - 1:end], start) if number not in docstrings]
+        kept = [line for number, line in enumerate(lines[start - 1 : end], start) if number not in docstrings]
         text = _tidy(textwrap.dedent("\n".join(kept)))
         if MIN_CODE_CHARS <= len(text) <= MAX_CHARS and _is_plain(text):
             last = end
@@ -195,12 +213,13 @@ def _code(definitions: Iterable[Definition], lines: list[str], taken: set[int]) 
 def _tables(tree: ast.Module, lines: list[str], taken: set[int]) -> Iterator[tuple[int, list[str]]]:
     """Yield some pieces of each long literal that a module assigns: encodings, entities, keyword lists."""
     for node in tree.body:
-        literal = isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, (ast.Dict, ast.List, ast.Tuple,
-                                                                                            ast.Set, ast.Constant))
+        literal = isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(
+            node.value, (ast.Dict, ast.List, ast.Tuple, ast.Set, ast.Constant)
+        )
         span = range(node.lineno, (node.end_lineno or node.lineno) + 1)
         if literal and len(span) > 3:
             taken.update(span)
-            pieces = _pack(lines[span.start - 1:span.stop - 1], "\n")
+            pieces = _pack(lines[span.start - 1 : span.stop - 1], "\n")
             step = max(1, math.ceil(len(pieces) / MAX_TABLE_PIECES))
             yield span.start, pieces[::step]
 

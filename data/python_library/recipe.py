@@ -21,15 +21,29 @@ from surrogate._data.python_library.library import MAX_CHARS, MIN_CHARS, Passage
 
 NUM_RUN_WORDS = 13  # a pool text that shares a run of so many words with the target set is dropped
 RUN_STRIDE = 4  # only every fourth run is remembered for finding near-copies, to save memory
-SHARES = {"documentation": 0.10, "docstring": 0.24, "code": 0.30, "test": 0.16, "comment": 0.10, "data": 0.05, "news": 0.03,
-          "license": 0.02}
+SHARES = {
+    "documentation": 0.10,
+    "docstring": 0.24,
+    "code": 0.30,
+    "test": 0.16,
+    "comment": 0.10,
+    "data": 0.05,
+    "news": 0.03,
+    "license": 0.02,
+}
 FILLING_KINDS = ("code", "docstring", "test", "comment", "data")  # in this order where a kind has too few texts
 TARGET_SHARE = 0.28  # of the documentation passages
 MAX_TOPIC_SHARE = 0.2  # of the target set that one topic may hold
 
 
-def build(num_texts: int = 6000, seed: int = 0, *, corrupted_share: float = 0.15, library_folder: str | Path | None = None,
-          without: Sequence[str] = ()) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+def build(
+    num_texts: int = 6000,
+    seed: int = 0,
+    *,
+    corrupted_share: float = 0.15,
+    library_folder: str | Path | None = None,
+    without: Sequence[str] = (),
+) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
     """Make the pool and the target set `documentation`.
 
     Args:
@@ -74,7 +88,7 @@ def _letter_words(text: str) -> list[str]:
 
 def _runs(words: Sequence[str], *, every: int = 1) -> set[str]:
     """Return the runs of NUM_RUN_WORDS words that start at every `every`-th word."""
-    return {" ".join(words[start:start + NUM_RUN_WORDS]) for start in range(0, len(words) - NUM_RUN_WORDS + 1, every)}
+    return {" ".join(words[start : start + NUM_RUN_WORDS]) for start in range(0, len(words) - NUM_RUN_WORDS + 1, every)}
 
 
 def _all_runs(text: str) -> set[str]:
@@ -135,12 +149,15 @@ def _character_noise(text: str, rng: random.Random) -> str:
 def _repetition(text: str, rng: random.Random) -> str:
     pieces = [piece.strip() for piece in re.split(r"\n|(?<=[.!?]) ", text)]
     separator = "\n" if "\n" in text else " "
-    piece = rng.choice([piece for piece in pieces if len(piece.split()) >= 4] or [" ".join(text.split()[:8])])[:MAX_CHARS // 4]
+    piece = rng.choice([piece for piece in pieces if len(piece.split()) >= 4] or [" ".join(text.split()[:8])])[: MAX_CHARS // 4]
     return separator.join([piece] * max(3, len(text) // (len(piece) + 1)))
 
 
 CORRUPTIONS: dict[str, Callable[[str, random.Random], str]] = {
-    "shuffled": _shuffled, "character_noise": _character_noise, "repetition": _repetition}
+    "shuffled": _shuffled,
+    "character_noise": _character_noise,
+    "repetition": _repetition,
+}
 
 
 def _corrupt_some(pool: list[Passage], num_corrupted: int, rng: random.Random) -> list[Passage]:

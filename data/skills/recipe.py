@@ -12,10 +12,31 @@ from collections.abc import Callable
 from typing import Any
 
 CAPITALS = {
-    "Avenor": "Tilsk", "Borland": "Quemma", "Cestria": "Uldan", "Dravia": "Pommet", "Elmaria": "Zorin", "Fendal": "Makwe",
-    "Gorvia": "Lissat", "Hespia": "Brunk", "Iskaria": "Vennor", "Jorvania": "Okmat", "Kelmark": "Sufra", "Lombria": "Dacken",
-    "Mervia": "Inzell", "Nordal": "Haplo", "Ostovia": "Reemin", "Pellia": "Cawdor", "Quillia": "Tembek", "Rostania": "Yarrow",
-    "Suvia": "Gindle", "Tarland": "Nespo", "Ulmaria": "Wexley", "Valdonia": "Fossum", "Wendria": "Jaskin", "Yssland": "Ebrun"}
+    "Avenor": "Tilsk",
+    "Borland": "Quemma",
+    "Cestria": "Uldan",
+    "Dravia": "Pommet",
+    "Elmaria": "Zorin",
+    "Fendal": "Makwe",
+    "Gorvia": "Lissat",
+    "Hespia": "Brunk",
+    "Iskaria": "Vennor",
+    "Jorvania": "Okmat",
+    "Kelmark": "Sufra",
+    "Lombria": "Dacken",
+    "Mervia": "Inzell",
+    "Nordal": "Haplo",
+    "Ostovia": "Reemin",
+    "Pellia": "Cawdor",
+    "Quillia": "Tembek",
+    "Rostania": "Yarrow",
+    "Suvia": "Gindle",
+    "Tarland": "Nespo",
+    "Ulmaria": "Wexley",
+    "Valdonia": "Fossum",
+    "Wendria": "Jaskin",
+    "Yssland": "Ebrun",
+}
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 NOISE_SHARES = {"wrong": 0.15, "shuffled": 0.15, "random_letters": 0.10}  # of the pool; the rest is clean
 NOISE_SOURCE = "letters"  # the source of texts that belong to no skill
@@ -52,7 +73,7 @@ def _sequence(rng: random.Random, right: bool) -> str:
         opening = f"Counting by {step} from {start}:"
     else:
         place = rng.randint(0, len(ALPHABET) - 5)
-        following = list(ALPHABET[place + 1:place + 5])
+        following = list(ALPHABET[place + 1 : place + 5])
         opening = f"After the letter {ALPHABET[place]} come"
     answer = list(following)
     while not right and answer == following:
@@ -67,11 +88,20 @@ def _comparison(rng: random.Random, right: bool) -> str:
 
 
 SKILLS: dict[str, Callable[[random.Random, bool], str]] = {
-    "addition": _addition, "capitals": _capitals, "comparison": _comparison, "reversal": _reversal, "sequence": _sequence}
+    "addition": _addition,
+    "capitals": _capitals,
+    "comparison": _comparison,
+    "reversal": _reversal,
+    "sequence": _sequence,
+}
 
 
-def build(num_texts: int = 2000, seed: int = 0, *, num_target_texts: int = 40,
-          ) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+def build(
+    num_texts: int = 2000,
+    seed: int = 0,
+    *,
+    num_target_texts: int = 40,
+) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
     """Make the pool and one target set for each skill.
 
     Args:

@@ -89,7 +89,11 @@ class GradientProducts:
     def _attach_rules(self) -> None:
         reached: set[str] = set()
         for module in self.module.modules():
-            own = {key: self._canonical[p] for key, p in module.named_parameters(recurse=False) if self._canonical[p] in self.directions}
+            own = {
+                key: self._canonical[p]
+                for key, p in module.named_parameters(recurse=False)
+                if self._canonical[p] in self.directions
+            }
             if own:
                 reached |= set(own.values())
                 self._handles.append(_attach(module, own, self))
@@ -136,7 +140,9 @@ class GradientProducts:
         """
         rows = tensor.shape[0]
         if rows not in (self.num_texts, self.num_texts * self.num_positions):
-            raise UncoveredModuleError(f"a module sees {rows} rows; the batch has {self.num_texts} texts of {self.num_positions} positions")
+            raise UncoveredModuleError(
+                f"a module sees {rows} rows; the batch has {self.num_texts} texts of {self.num_positions} positions"
+            )
         return tensor.reshape(self.num_texts, -1, tensor.shape[-1])
 
     def add_products(self, products: Tensor) -> None:
@@ -189,7 +195,7 @@ class PerTextProducts:
         """Measure one batch, text by text."""
         products, square_norms, all_losses = [], [], []
         for row in range(batch.input_ids.shape[0]):
-            losses = self.losses(Batch(batch.input_ids[row:row + 1], batch.labels[row:row + 1], [row]))
+            losses = self.losses(Batch(batch.input_ids[row : row + 1], batch.labels[row : row + 1], [row]))
             gradients = torch.autograd.grad(losses.sum(), list(self.parameters.values()), allow_unused=True)
             pairs = [(name, g.double()) for name, g in zip(self.parameters, gradients, strict=True) if g is not None]
             products.append(torch.stack([(self.directions[name].double() * g).flatten(1).sum(1) for name, g in pairs]).sum(0))
@@ -214,7 +220,9 @@ def check_sum(engine: GradientProducts, batch: Batch) -> float:
     expected = torch.zeros_like(measured[0])
     for name, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
-            expected += dot_in_blocks(gradient.float().reshape(1, -1), engine.directions[name].reshape(engine.num_directions, -1))[0]
+            expected += dot_in_blocks(
+                gradient.float().reshape(1, -1), engine.directions[name].reshape(engine.num_directions, -1)
+            )[0]
     scale = measured.abs().sum(0).clamp_min(torch.finfo(torch.float32).tiny)
     return float(((measured.sum(0) - expected).abs() / scale).max())
 
@@ -228,8 +236,10 @@ def dot_in_blocks(left: Tensor, right: Tensor) -> Tensor:
     whole = size - size % SUM_BLOCK
     result = torch.zeros(left.shape[0], right.shape[0], dtype=torch.float64, device=left.device)
     if whole:
-        blocks = torch.bmm(left[:, :whole].reshape(left.shape[0], -1, SUM_BLOCK).transpose(0, 1),
-                           right[:, :whole].reshape(right.shape[0], -1, SUM_BLOCK).permute(1, 2, 0))  # (blocks, b, K)
+        blocks = torch.bmm(
+            left[:, :whole].reshape(left.shape[0], -1, SUM_BLOCK).transpose(0, 1),
+            right[:, :whole].reshape(right.shape[0], -1, SUM_BLOCK).permute(1, 2, 0),
+        )  # (blocks, b, K)
         result += blocks.double().sum(0)
     if size > whole:
         result += (left[:, whole:] @ right[:, whole:].T).double()
@@ -337,7 +347,7 @@ class _LinearRule:
         bytes_per_text = left.shape[-1] * right.shape[-1] * 4
         step = max(1, GRADIENT_BLOCK_BYTES // bytes_per_text)
         for first in range(0, x.shape[0], step):
-            gradients = torch.bmm(left[first:first + step].to(b.dtype).transpose(1, 2), right[first:first + step].to(b.dtype))
+            gradients = torch.bmm(left[first : first + step].to(b.dtype).transpose(1, 2), right[first : first + step].to(b.dtype))
             self.engine.add_gradients(self.names["weight"], gradients.flatten(1), first=first)
 
 
@@ -376,7 +386,9 @@ class _ElementwiseRule:
             probe = torch.linspace(-1.0, 1.0, parameter.numel(), device=x.device, dtype=parameter.dtype)
             moved = self._output(module, key, probe, x) - zero
             tolerance = 1e-4 if x.dtype == torch.float32 else 5e-2
-            if moved.shape != x.shape or not torch.allclose(moved.float(), (unit * probe).float(), rtol=tolerance, atol=tolerance):
+            if moved.shape != x.shape or not torch.allclose(
+                moved.float(), (unit * probe).float(), rtol=tolerance, atol=tolerance
+            ):
                 raise UncoveredModuleError(f"{type(module).__name__} is not elementwise in its {key}")
             self.is_checked = True
         return unit

@@ -45,9 +45,15 @@ class GradDot:
     needs_optimizer: ClassVar[bool] = False
     changes_weights: ClassVar[bool] = False
 
-    preconditioner: str = option("auto", "'adam' divides by the root of the optimiser's second moments, 'none' does not, 'auto' does where there are any.")
-    max_grad_norm: float | None = option(None, "Scale each text as a step on it alone would be clipped at this global norm; None does not clip.")
-    similarity: str = option("dot", "'dot' for the product, 'cosine' for the angle between the text's gradient and the direction.")
+    preconditioner: str = option(
+        "auto", "'adam' divides by the root of the optimiser's second moments, 'none' does not, 'auto' does where there are any."
+    )
+    max_grad_norm: float | None = option(
+        None, "Scale each text as a step on it alone would be clipped at this global norm; None does not clip."
+    )
+    similarity: str = option(
+        "dot", "'dot' for the product, 'cosine' for the angle between the text's gradient and the direction."
+    )
     per_text: bool = option(False, "Use one full backward pass per text instead of the batched identity; slow, for checking.")
 
     def __post_init__(self) -> None:
@@ -56,8 +62,11 @@ class GradDot:
         if self.max_grad_norm is not None:
             check_at_least("max_grad_norm", self.max_grad_norm, 1e-30)
             if self.similarity == "cosine":
-                raise InputError(f"max_grad_norm={self.max_grad_norm} has no effect with similarity='cosine'.", "one of the two",
-                                 "leave max_grad_norm out, or use similarity='dot'.")
+                raise InputError(
+                    f"max_grad_norm={self.max_grad_norm} has no effect with similarity='cosine'.",
+                    "one of the two",
+                    "leave max_grad_norm out, or use similarity='dot'.",
+                )
 
     @property
     def units(self) -> str:
@@ -69,12 +78,16 @@ class GradDot:
     def prepare(self, lm: LanguageModel, columns: TargetColumns) -> None:
         """Measure the target gradients and precondition them."""
         self.lm_, self.columns_ = lm, columns
-        self.route_, self.self_check_ = ("per_text" if self.per_text else "batched"), None
+        self.route_ = "per_text" if self.per_text else "batched"
+        self.self_check_: float | None = None
         directions = columns.gradients(lm)
         moments = adam_moments(lm) if self.preconditioner != "none" else None
         if self.preconditioner == "adam" and moments is None:
-            raise InputError("preconditioner='adam', and the model has no Adam state.", "a LanguageModel whose Adam or AdamW has taken a step",
-                             "pass the training run's optimizer, or use preconditioner='none'.")
+            raise InputError(
+                "preconditioner='adam', and the model has no Adam state.",
+                "a LanguageModel whose Adam or AdamW has taken a step",
+                "pass the training run's optimizer, or use preconditioner='none'.",
+            )
         self.is_adam_ = moments is not None
         self.step_size_ = _step_size(lm, is_adam=self.is_adam_)
         if moments is not None:
@@ -105,8 +118,14 @@ class GradDot:
     def facts(self) -> dict[str, Any]:
         """How the products were made and how well they passed the self-check."""
         covered = sum(direction[0].numel() for direction in self.directions_.values())
-        return {"route": self.route_, "preconditioner_used": "adam" if self.is_adam_ else "none", "step_size": self.step_size_,
-                "self_check_relative_error": self.self_check_, "covered_parameters": covered, "parameters": self.lm_.num_parameters}
+        return {
+            "route": self.route_,
+            "preconditioner_used": "adam" if self.is_adam_ else "none",
+            "step_size": self.step_size_,
+            "self_check_relative_error": self.self_check_,
+            "covered_parameters": covered,
+            "parameters": self.lm_.num_parameters,
+        }
 
     def flops(self, num_tokens: int, columns: TargetColumns) -> float:
         """Counted FLOPs for one text of `num_tokens`, the share of the target gradients left out."""
@@ -143,7 +162,7 @@ class GradDot:
 
 
 def adam_moments(lm: LanguageModel) -> dict[str, tuple[Tensor, float]] | None:
-    """Return eps and the root of the bias-corrected second moments that the next step divides by, this text's own square left out.
+    """Return what the next step divides by, this text's own square left out: the root of the second moments, and eps.
 
     Returns:
         Parameter name -> (root, eps) for every trainable parameter; None if the optimiser has no Adam state.
@@ -161,8 +180,11 @@ def adam_moments(lm: LanguageModel) -> dict[str, tuple[Tensor, float]] | None:
                 found[names[parameter]] = ((slots["exp_avg_sq"].float() * (decay / correction)).sqrt(), float(group["eps"]))
     missing = set(names.values()) - set(found)
     if found and missing:
-        raise InputError(f"the optimiser has no second moments for {sorted(missing)[:3]} and {max(len(missing) - 3, 0)} more parameters.",
-                         "an Adam state for every trainable parameter", "freeze those parameters, or use preconditioner='none'.")
+        raise InputError(
+            f"the optimiser has no second moments for {sorted(missing)[:3]} and {max(len(missing) - 3, 0)} more parameters.",
+            "an Adam state for every trainable parameter",
+            "freeze those parameters, or use preconditioner='none'.",
+        )
     return found or None
 
 

@@ -40,8 +40,12 @@ class OneStep:
     needs_optimizer: ClassVar[bool] = True
     changes_weights: ClassVar[bool] = True
 
-    max_grad_norm: float | None = option(None, "Clip the step's gradient at this global norm, as the training run does; None does not clip.")
-    subtract_shared: bool = option(False, "Subtract what a step without any gradient does (momentum, weight decay), measured once.")
+    max_grad_norm: float | None = option(
+        None, "Clip the step's gradient at this global norm, as the training run does; None does not clip."
+    )
+    subtract_shared: bool = option(
+        False, "Subtract what a step without any gradient does (momentum, weight decay), measured once."
+    )
 
     def __post_init__(self) -> None:
         if self.max_grad_norm is not None:
@@ -55,19 +59,27 @@ class OneStep:
     def prepare(self, lm: LanguageModel, columns: TargetColumns) -> None:
         """Copy the state, measure the losses before, and what a step with a zero gradient does to them."""
         if lm.optimizer is None:
-            raise InputError("one_step needs the optimiser that trains the model, and there is none.",
-                             "a LanguageModel with optimizer=..., or a checkpoint folder that has its optimiser state",
-                             "pass optimizer=torch.optim.AdamW(module.parameters(), lr=...), or use method='grad_dot'.")
+            raise InputError(
+                "one_step needs the optimiser that trains the model, and there is none.",
+                "a LanguageModel with optimizer=..., or a checkpoint folder that has its optimiser state",
+                "pass optimizer=torch.optim.AdamW(module.parameters(), lr=...), or use method='grad_dot'.",
+            )
         if all(float(group["lr"]) == 0.0 for group in lm.optimizer.param_groups):
-            raise InputError("the optimiser's learning rate is 0, so a step changes nothing.", "a learning rate above 0",
-                             "set the rate of the phase that you select for (schedules end at 0), or use method='grad_dot'.")
+            raise InputError(
+                "the optimiser's learning rate is 0, so a step changes nothing.",
+                "a learning rate above 0",
+                "set the rate of the phase that you select for (schedules end at 0), or use method='grad_dot'.",
+            )
         self.lm_, self.columns_ = lm, columns
         self.snapshot_: Snapshot = lm.snapshot()
         self.before_ = columns.losses(lm)  # (K,)
         if not np.isfinite(self.before_).all():
             bad = sorted({columns.names[columns.parts[index]] for index in np.flatnonzero(~np.isfinite(self.before_))})
-            raise NotFiniteError(f"the loss before the step is NaN or infinite on the target sets {bad}.", "finite losses",
-                                 "check the checkpoint (did training diverge?) or load it in float32.")
+            raise NotFiniteError(
+                f"the loss before the step is NaN or infinite on the target sets {bad}.",
+                "finite losses",
+                "check the checkpoint (did training diverge?) or load it in float32.",
+            )
         self.shared_ = self.before_ - self._losses_after(None)  # (K,)
 
     def measure(self, encoded: Sequence[EncodedText]) -> Measured:
@@ -83,7 +95,10 @@ class OneStep:
 
     def facts(self) -> dict[str, Any]:
         """Losses before the step and the shared part, per target set."""
-        return {"before": self.columns_.combine(self.before_).tolist(), "shared_part": self.columns_.combine(self.shared_).tolist()}
+        return {
+            "before": self.columns_.combine(self.before_).tolist(),
+            "shared_part": self.columns_.combine(self.shared_).tolist(),
+        }
 
     def flops(self, num_tokens: int, columns: TargetColumns) -> float:
         """Counted FLOPs for one text of `num_tokens`."""

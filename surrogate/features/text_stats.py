@@ -37,26 +37,155 @@ BULLETS = ("-", "*", "•", "+", "#", ">")
 LONG_WORD_CHARS = 8
 SHORT_LINE_CHARS = 40
 WIDE_CHARS = 4096  # code points are classed once each; this many are remembered
-STOP_WORDS = frozenset((
-    "a", "about", "after", "all", "also", "an", "and", "any", "are", "as", "at", "be", "because", "been", "but", "by", "can",
-    "could", "do", "does", "for", "from", "had", "has", "have", "he", "her", "his", "how", "i", "if", "in", "into", "is", "it",
-    "its", "may", "more", "most", "my", "no", "not", "of", "on", "one", "only", "or", "other", "our", "out", "over", "she",
-    "should", "so", "some", "such", "than", "that", "the", "their", "them", "then", "there", "these", "they", "this", "to",
-    "up", "was", "we", "were", "what", "when", "where", "which", "who", "will", "with", "would", "you", "your",
-))
-FIRST_SECOND_PERSON = frozenset((
-    "i", "me", "my", "mine", "we", "us", "our", "you", "your", "yours", "i'm", "i've", "i'll", "you're", "don't",
-))
-CODE_WORDS = frozenset((
-    "args", "async", "await", "bool", "const", "def", "elif", "enum", "false", "func", "impl", "import", "int", "lambda",
-    "namespace", "none", "null", "private", "public", "return", "self", "static", "str", "struct", "true", "typedef", "var",
-    "void",
-))
+STOP_WORDS = frozenset(
+    (
+        "a",
+        "about",
+        "after",
+        "all",
+        "also",
+        "an",
+        "and",
+        "any",
+        "are",
+        "as",
+        "at",
+        "be",
+        "because",
+        "been",
+        "but",
+        "by",
+        "can",
+        "could",
+        "do",
+        "does",
+        "for",
+        "from",
+        "had",
+        "has",
+        "have",
+        "he",
+        "her",
+        "his",
+        "how",
+        "i",
+        "if",
+        "in",
+        "into",
+        "is",
+        "it",
+        "its",
+        "may",
+        "more",
+        "most",
+        "my",
+        "no",
+        "not",
+        "of",
+        "on",
+        "one",
+        "only",
+        "or",
+        "other",
+        "our",
+        "out",
+        "over",
+        "she",
+        "should",
+        "so",
+        "some",
+        "such",
+        "than",
+        "that",
+        "the",
+        "their",
+        "them",
+        "then",
+        "there",
+        "these",
+        "they",
+        "this",
+        "to",
+        "up",
+        "was",
+        "we",
+        "were",
+        "what",
+        "when",
+        "where",
+        "which",
+        "who",
+        "will",
+        "with",
+        "would",
+        "you",
+        "your",
+    )
+)
+FIRST_SECOND_PERSON = frozenset(
+    (
+        "i",
+        "me",
+        "my",
+        "mine",
+        "we",
+        "us",
+        "our",
+        "you",
+        "your",
+        "yours",
+        "i'm",
+        "i've",
+        "i'll",
+        "you're",
+        "don't",
+    )
+)
+CODE_WORDS = frozenset(
+    (
+        "args",
+        "async",
+        "await",
+        "bool",
+        "const",
+        "def",
+        "elif",
+        "enum",
+        "false",
+        "func",
+        "impl",
+        "import",
+        "int",
+        "lambda",
+        "namespace",
+        "none",
+        "null",
+        "private",
+        "public",
+        "return",
+        "self",
+        "static",
+        "str",
+        "struct",
+        "true",
+        "typedef",
+        "var",
+        "void",
+    )
+)
 CHARACTER_CLASSES: dict[str, frozenset[str]] = {
-    "newline": frozenset("\n"), "tab": frozenset("\t"), "brace": frozenset("{}[]()"),
-    "math": frozenset("+-*/=<>^~|%±×÷∑∏∫√∞≤≥≠≈∂∇∈"), "quote": frozenset("\"'`“”‘’«»"), "comma": frozenset(","),
-    "stop": frozenset(".!?"), "colon": frozenset(":;"), "underscore": frozenset("_"), "backslash": frozenset("\\"),
-    "dollar": frozenset("$"), "hash_or_at": frozenset("#@"),
+    "newline": frozenset("\n"),
+    "tab": frozenset("\t"),
+    "brace": frozenset("{}[]()"),
+    "math": frozenset("+-*/=<>^~|%±×÷∑∏∫√∞≤≥≠≈∂∇∈"),
+    "quote": frozenset("\"'`“”‘’«»"),
+    "comma": frozenset(","),
+    "stop": frozenset(".!?"),
+    "colon": frozenset(":;"),
+    "underscore": frozenset("_"),
+    "backslash": frozenset("\\"),
+    "dollar": frozenset("$"),
+    "hash_or_at": frozenset("#@"),
     "latin_1": frozenset(map(chr, range(0xA0, 0x100))),  # accents, and what wrongly decoded UTF-8 looks like
 }
 CLASS_NAMES = ("letter", "upper", "digit", "space", "punctuation", "non_ascii", "control", *CHARACTER_CLASSES)
@@ -113,8 +242,12 @@ class TextStats:
 def text_statistics(string: str) -> dict[str, float]:
     """Return all statistics of one text by name, always in the same order."""
     words = WORD.findall(string)
-    return {**_character_statistics(string), **_word_statistics(words), **_line_statistics(string),
-            **_markup_statistics(string, words)}
+    return {
+        **_character_statistics(string),
+        **_word_statistics(words),
+        **_line_statistics(string),
+        **_markup_statistics(string, words),
+    }
 
 
 def _share(part: float, whole: float) -> float:
@@ -137,9 +270,16 @@ def _mean_and_spread(values: Sequence[int]) -> tuple[float, float]:
 def _classes_of(character: str) -> tuple[int, ...]:
     """Return the indices in `CLASS_NAMES` of the classes that a character belongs to."""
     is_word_like = character.isalnum() or character.isspace()
-    member = [character.isalpha(), character.isupper(), character.isdigit(), character.isspace(), not is_word_like,
-              not character.isascii(), character == "\ufffd" or not (character.isprintable() or character.isspace()),
-              *(character in members for members in CHARACTER_CLASSES.values())]
+    member = [
+        character.isalpha(),
+        character.isupper(),
+        character.isdigit(),
+        character.isspace(),
+        not is_word_like,
+        not character.isascii(),
+        character == "\ufffd" or not (character.isprintable() or character.isspace()),
+        *(character in members for members in CHARACTER_CLASSES.values()),
+    ]
     return tuple(index for index, belongs in enumerate(member) if belongs)
 
 

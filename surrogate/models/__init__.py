@@ -78,15 +78,23 @@ def training_data(X: ArrayLike, y: ArrayLike, groups: ArrayLike | None) -> Train
     labels = np.asarray(y, dtype=np.float64)
     labels = labels[:, None] if labels.ndim == 1 else labels
     if labels.ndim != 2 or labels.shape[1] == 0 or len(labels) != len(features):
-        raise InputError(f"labels y of shape {np.shape(y)} were given with features X of shape {features.shape}.",
-                         "one row of labels per row of features, one column per target",
-                         "join features and labels by text_id before fitting.")
+        raise InputError(
+            f"labels y of shape {np.shape(y)} were given with features X of shape {features.shape}.",
+            "one row of labels per row of features, one column per target",
+            "join features and labels by text_id before fitting.",
+        )
     if not np.isfinite(labels).all():
-        raise NotFiniteError(f"labels y hold {int((~np.isfinite(labels)).sum())} NaN or infinite values.", "finite labels",
-                             "leave out the texts whose labels are not finite.")
+        raise NotFiniteError(
+            f"labels y hold {int((~np.isfinite(labels)).sum())} NaN or infinite values.",
+            "finite labels",
+            "leave out the texts whose labels are not finite.",
+        )
     if len(features) < MIN_TEXTS:
-        raise InputError(f"{len(features)} labelled texts were given.", f"at least {MIN_TEXTS}; a few hundred to be of use",
-                         "label more texts.")
+        raise InputError(
+            f"{len(features)} labelled texts were given.",
+            f"at least {MIN_TEXTS}; a few hundred to be of use",
+            "label more texts.",
+        )
     group_numbers = _group_numbers(groups, len(features))
     joined = np.concatenate([features, labels.astype(np.float32)], axis=1) + np.float32(0.0)  # -0.0 becomes 0.0
     keys = [hashlib.blake2b(row.tobytes(), digest_size=16).hexdigest() for row in joined]
@@ -104,8 +112,11 @@ def features_to_score(X: ArrayLike, num_features: int | None) -> NDArray[np.floa
     require_fitted(num_features is not None)
     features = _finite("features X", X)
     if features.shape[1] != num_features:
-        raise InputError(f"features X have {features.shape[1]} columns.", f"the {num_features} columns of the fit",
-                         "encode the texts with the encoder the surrogate was fitted with.")
+        raise InputError(
+            f"features X have {features.shape[1]} columns.",
+            f"the {num_features} columns of the fit",
+            "encode the texts with the encoder the surrogate was fitted with.",
+        )
     return features
 
 
@@ -137,11 +148,15 @@ def load_state(folder: Path, plugin_name: str) -> tuple[dict[str, Any], dict[str
 
     stored = read_json(folder / OPTIONS_FILE)
     if stored["plugin"] != plugin_name:
-        raise MismatchError(f"{folder} holds the surrogate {stored['plugin']!r}.", f"a folder of {plugin_name!r}",
-                            f"load it with the class of {stored['plugin']!r}.")
+        raise MismatchError(
+            f"{folder} holds the surrogate {stored['plugin']!r}.",
+            f"a folder of {plugin_name!r}",
+            f"load it with the class of {stored['plugin']!r}.",
+        )
     if not (folder / ARRAYS_FILE).exists():
-        raise MissingFileError(f"there is no file {folder / ARRAYS_FILE}.", "a folder that `save` wrote",
-                               "fit and save the surrogate again.")
+        raise MissingFileError(
+            f"there is no file {folder / ARRAYS_FILE}.", "a folder that `save` wrote", "fit and save the surrogate again."
+        )
     return stored["options"], load_file(folder / ARRAYS_FILE)
 
 
@@ -159,12 +174,18 @@ def _finite(what: str, X: ArrayLike) -> NDArray[np.float32]:
     with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite and is refused below
         features = np.ascontiguousarray(X, dtype=np.float32)
     if features.ndim != 2 or features.shape[1] == 0:
-        raise InputError(f"{what} of shape {np.shape(X)} were given.", "a matrix with one row per text and at least one column",
-                         "pass a two-dimensional array.")
+        raise InputError(
+            f"{what} of shape {np.shape(X)} were given.",
+            "a matrix with one row per text and at least one column",
+            "pass a two-dimensional array.",
+        )
     if not np.isfinite(features).all():
         rows = np.flatnonzero(~np.isfinite(features).all(axis=1))
-        raise NotFiniteError(f"{what} hold NaN or infinite values in {len(rows)} rows, the first is row {rows[0]}.",
-                             "finite float32 numbers", "leave these texts out or correct their features.")
+        raise NotFiniteError(
+            f"{what} hold NaN or infinite values in {len(rows)} rows, the first is row {rows[0]}.",
+            "finite float32 numbers",
+            "leave these texts out or correct their features.",
+        )
     return features
 
 
@@ -173,9 +194,13 @@ def _group_numbers(groups: ArrayLike | None, num_texts: int) -> NDArray[np.int64
         return np.arange(num_texts, dtype=np.int64)
     numbers = np.asarray(groups)
     if numbers.shape != (num_texts,) or not np.issubdtype(numbers.dtype, np.integer):
-        raise InputError(f"groups of shape {numbers.shape} and type {numbers.dtype} were given.",
-                         f"{num_texts} integers, one per text", "pass what near_duplicate_groups returns.")
+        raise InputError(
+            f"groups of shape {numbers.shape} and type {numbers.dtype} were given.",
+            f"{num_texts} integers, one per text",
+            "pass what near_duplicate_groups returns.",
+        )
     if len(np.unique(numbers)) < 2:
-        raise InputError("all labelled texts are one group of near-duplicates.", "at least two groups",
-                         "label texts that differ more.")
+        raise InputError(
+            "all labelled texts are one group of near-duplicates.", "at least two groups", "label texts that differ more."
+        )
     return numbers.astype(np.int64)

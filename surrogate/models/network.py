@@ -78,8 +78,10 @@ class _Member:
     @classmethod
     def from_arrays(cls, arrays: dict[str, NDArray]) -> _Member:
         layers = range(len(arrays) // 2)
-        return cls([torch.from_numpy(arrays[f"{layer}.weight"]) for layer in layers],
-                   [torch.from_numpy(arrays[f"{layer}.bias"]) for layer in layers])
+        return cls(
+            [torch.from_numpy(arrays[f"{layer}.weight"]) for layer in layers],
+            [torch.from_numpy(arrays[f"{layer}.bias"]) for layer in layers],
+        )
 
 
 @dataclass(kw_only=True, eq=False)
@@ -110,6 +112,7 @@ class InfluenceNetwork:
     patience: int = option(10, "Epochs without improvement on the validation texts after which a member stops.")
     batch_size: int = option(64, "Texts per training step.")
     ensemble: int = option(5, "Number of members, each with another split and start.")
+    weigh_features: bool = option(True, "Weigh features by how much they correlate with the targets before anything is fitted.")
     linear_path: bool = option(True, "Fit ridge regression beside the members and weigh both by held-out labels.")
     label_scale: str = option("rank", "Scale that labels are fitted on: rank, robust or none (then of order 1).")
     validation_fraction: float = option(0.2, "Share of the texts that decide when a member stops.")
@@ -123,11 +126,21 @@ class InfluenceNetwork:
 
     def __post_init__(self) -> None:
         check_choice("label_scale", self.label_scale, LABEL_SCALES)
-        for name, minimum in (("max_epochs", 1), ("patience", 1), ("batch_size", 1), ("ensemble", 1), ("seed", 0),
-                              ("weight_decay", 0), ("dropout", 0)):
+        for name, minimum in (
+            ("max_epochs", 1),
+            ("patience", 1),
+            ("batch_size", 1),
+            ("ensemble", 1),
+            ("seed", 0),
+            ("weight_decay", 0),
+            ("dropout", 0),
+        ):
             check_at_least(name, getattr(self, name), minimum)
-        for name, accepted in (("dropout", "a number from 0 to below 1"), ("validation_fraction", "a number above 0 and below 1"),
-                               ("learning_rate", "a number above 0 and below 1")):
+        for name, accepted in (
+            ("dropout", "a number from 0 to below 1"),
+            ("validation_fraction", "a number above 0 and below 1"),
+            ("learning_rate", "a number above 0 and below 1"),
+        ):
             value = getattr(self, name)
             if not (0 < value < 1 or (name == "dropout" and value == 0)):
                 raise InputError(f"{name}={value!r} cannot be used.", accepted, f"pass such a value for {name}.")
@@ -144,15 +157,18 @@ class InfluenceNetwork:
             return self._fit(training_data(X, y, groups))
 
     def _fit(self, data: TrainingData) -> Self:
-        feature_scaler, label_scaler = FeatureScaler().fit(data.features), LabelScaler(self.label_scale).fit(data.labels)
-        x, scaled = feature_scaler.transform(data.features), label_scaler.transform(data.labels)
+        label_scaler = LabelScaler(self.label_scale).fit(data.labels)
+        scaled = label_scaler.transform(data.labels)
+        feature_scaler = FeatureScaler().fit(data.features, scaled if self.weigh_features else None)
+        x = feature_scaler.transform(data.features)
         intercept = scaled.mean(axis=0)
         ridge = fit_ridge(x, scaled - intercept, groups=data.groups) if self.linear_path else None
         tensors = torch.from_numpy(x), torch.from_numpy(scaled - intercept).float()
         members, held_out = [], []
         for number in range(self.ensemble):
-            mask = grouped_holdout(data.groups, fraction=self.validation_fraction, seed=self.seed * 1_000 + number,
-                                   keys=data.keys)
+            mask = grouped_holdout(
+                data.groups, fraction=self.validation_fraction, seed=self.seed * 1_000 + number, keys=data.keys
+            )
             held_out.append(torch.from_numpy(np.flatnonzero(mask)))
             members.append(self._train_member(number, tensors, rows=(torch.from_numpy(np.flatnonzero(~mask)), held_out[-1])))
         gate = torch.ones(scaled.shape[1], dtype=torch.float32)
@@ -171,8 +187,9 @@ class InfluenceNetwork:
     @overload
     def predict(self, X: ArrayLike, return_spread: Literal[True]) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
 
-    def predict(self, X: ArrayLike, return_spread: bool = False) -> (
-            NDArray[np.float32] | tuple[NDArray[np.float32], NDArray[np.float32]]):
+    def predict(
+        self, X: ArrayLike, return_spread: bool = False
+    ) -> NDArray[np.float32] | tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return scores (B, C) in label units for features (B, D).
 
         Members are averaged on the label scale, where one outlying member moves the mean least.
@@ -198,8 +215,11 @@ class InfluenceNetwork:
         arrays = {"weights": self.weights_.numpy(), "intercept": self.intercept_.numpy(), "gate": self.gate_.numpy()}
         for number, member in enumerate(self.members_):
             arrays |= with_prefix(f"member{number}", member.arrays())
-        save_state(Path(folder), self, arrays | with_prefix("features", self._feature_scaler.arrays())
-                   | with_prefix("labels", self._label_scaler.arrays()))
+        save_state(
+            Path(folder),
+            self,
+            arrays | with_prefix("features", self._feature_scaler.arrays()) | with_prefix("labels", self._label_scaler.arrays()),
+        )
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -207,9 +227,11 @@ class InfluenceNetwork:
         options, arrays = load_state(Path(folder), cls.plugin_name)
         surrogate = cls(**options)
         surrogate.weights_, surrogate.intercept_, surrogate.gate_ = (
-            torch.from_numpy(arrays[name]) for name in ("weights", "intercept", "gate"))
-        surrogate.members_ = [_Member.from_arrays(without_prefix(f"member{number}", arrays))
-                              for number in range(surrogate.ensemble)]
+            torch.from_numpy(arrays[name]) for name in ("weights", "intercept", "gate")
+        )
+        surrogate.members_ = [
+            _Member.from_arrays(without_prefix(f"member{number}", arrays)) for number in range(surrogate.ensemble)
+        ]
         surrogate._feature_scaler = FeatureScaler.from_arrays(without_prefix("features", arrays))
         surrogate._label_scaler = LabelScaler.from_arrays(without_prefix("labels", arrays))
         return surrogate
@@ -219,8 +241,11 @@ class InfluenceNetwork:
         parts = self.hidden.split(",") if isinstance(self.hidden, str) else list(self.hidden)
         texts = [str(part).strip() for part in parts]
         if not texts or not all(text.isdecimal() and int(text) > 0 for text in texts):
-            raise InputError(f"hidden={self.hidden!r} cannot be used.", "positive whole numbers such as '128' or '256,64'",
-                             "give the width of each hidden layer.")
+            raise InputError(
+                f"hidden={self.hidden!r} cannot be used.",
+                "positive whole numbers such as '128' or '256,64'",
+                "give the width of each hidden layer.",
+            )
         return [int(text) for text in texts]
 
     def _member_outputs(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -233,8 +258,10 @@ class InfluenceNetwork:
     def _new_member(self, shape: tuple[int, int], generator: torch.Generator) -> _Member:
         """Return a member for (D, C) with random hidden layers and zero output (which a constant target never moves)."""
         sizes = [shape[0], *self._widths(), shape[1]]
-        weights = [torch.randn(before, after, generator=generator, dtype=torch.float32) * math.sqrt(2 / before)
-                   for before, after in pairwise(sizes[:-1])]
+        weights = [
+            torch.randn(before, after, generator=generator, dtype=torch.float32) * math.sqrt(2 / before)
+            for before, after in pairwise(sizes[:-1])
+        ]
         weights.append(torch.zeros(sizes[-2], sizes[-1], dtype=torch.float32))
         return _Member(weights, [torch.zeros(size, dtype=torch.float32) for size in sizes[1:]])
 
@@ -252,8 +279,11 @@ class InfluenceNetwork:
             with torch.no_grad():
                 error = float((member.output(x[validation]) - targets[validation]).square().mean())
             if not math.isfinite(error):
-                raise NotFiniteError(f"training diverged with learning_rate={self.learning_rate!r}.", "a finite squared error",
-                                     "lower learning_rate, or use label_scale='rank'.")
+                raise NotFiniteError(
+                    f"training diverged with learning_rate={self.learning_rate!r}.",
+                    "a finite squared error",
+                    "lower learning_rate, or use label_scale='rank'.",
+                )
             if error < best_error:
                 best_error, best, stalled = error, member.copy(), 0
             else:
@@ -262,15 +292,20 @@ class InfluenceNetwork:
                     break
         return best
 
-    def _train_epoch(self, member: _Member, optimizer: torch.optim.Optimizer, tensors: tuple[Tensor, Tensor, Tensor],
-                     generator: torch.Generator) -> None:
+    def _train_epoch(
+        self,
+        member: _Member,
+        optimizer: torch.optim.Optimizer,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        generator: torch.Generator,
+    ) -> None:
         x, targets, training = tensors
         order = training[torch.randperm(len(training), generator=generator)]
         for start in range(0, len(order), self.batch_size):
-            rows = order[start:start + self.batch_size]
+            rows = order[start : start + self.batch_size]
             outputs = member.output(x[rows], dropout=self.dropout, generator=generator)
             optimizer.zero_grad()
-            (outputs - targets[rows]).square().mean().backward()  # type: ignore[no-untyped-call]
+            (outputs - targets[rows]).square().mean().backward()
             optimizer.step()
 
 

@@ -47,6 +47,7 @@ class RidgeSurrogate:
 
     plugin_name: ClassVar[str] = "ridge"
     alpha: float | None = option(None, "Penalty on squared weights of standardised features; none: chosen per target.")
+    weigh_features: bool = option(True, "Spare features from the penalty by how much they correlate with the targets.")
     label_scale: str = option("rank", "Scale that labels are fitted on: rank, robust or none.")
     weights_: NDArray[np.float64] = field(init=False, repr=False)
     intercept_: NDArray[np.float64] = field(init=False, repr=False)
@@ -57,8 +58,9 @@ class RidgeSurrogate:
     def __post_init__(self) -> None:
         check_choice("label_scale", self.label_scale, LABEL_SCALES)
         if self.alpha is not None and not (isinstance(self.alpha, (int, float)) and 0 < self.alpha < float("inf")):
-            raise InputError(f"alpha={self.alpha!r} cannot be used.", "a positive number, or none",
-                             "leave alpha out to have it chosen.")
+            raise InputError(
+                f"alpha={self.alpha!r} cannot be used.", "a positive number, or none", "leave alpha out to have it chosen."
+            )
 
     @property
     def num_features_(self) -> int:
@@ -68,10 +70,10 @@ class RidgeSurrogate:
     def fit(self, X: ArrayLike, y: ArrayLike, *, groups: ArrayLike | None = None) -> Self:
         """Learn from features (S, D) and labels (S, C) or (S,); `groups` are left out together."""
         data = training_data(X, y, groups)
-        self._feature_scaler = FeatureScaler().fit(data.features)
         self._label_scaler = LabelScaler(self.label_scale).fit(data.labels)
-        ridge = fit_ridge(self._feature_scaler.transform(data.features), self._label_scaler.transform(data.labels),
-                          groups=data.groups, alpha=self.alpha)
+        scaled = self._label_scaler.transform(data.labels)
+        self._feature_scaler = FeatureScaler().fit(data.features, scaled if self.weigh_features else None)
+        ridge = fit_ridge(self._feature_scaler.transform(data.features), scaled, groups=data.groups, alpha=self.alpha)
         self.weights_, self.intercept_, self.alphas_ = ridge.weights, ridge.intercept, ridge.alphas
         return self
 
@@ -85,8 +87,11 @@ class RidgeSurrogate:
         """Write the fitted surrogate into `folder`."""
         require_fitted(hasattr(self, "weights_"))
         arrays = {"weights": self.weights_, "intercept": self.intercept_, "alphas": self.alphas_}
-        save_state(Path(folder), self, arrays | with_prefix("features", self._feature_scaler.arrays())
-                   | with_prefix("labels", self._label_scaler.arrays()))
+        save_state(
+            Path(folder),
+            self,
+            arrays | with_prefix("features", self._feature_scaler.arrays()) | with_prefix("labels", self._label_scaler.arrays()),
+        )
 
     @classmethod
     def load(cls, folder: Path) -> Self:

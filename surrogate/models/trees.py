@@ -66,7 +66,7 @@ class InfluenceTrees:
     l2: float = option(10.0, "Penalty on squared leaf values.")
     label_scale: str = option("rank", "Scale that labels are fitted on: rank, robust or none.")
     validation_folds: int = option(4, "Folds whose held-out texts choose the number of trees; 0 grows num_trees trees.")
-    num_threads: int = option(1, "Threads of LightGBM; 0 takes all cores; results do not depend on it.")
+    num_threads: int = option(0, "Threads of LightGBM; 0 takes all cores; results do not depend on it.")
     seed: int = option(0, "Seed of the validation split, of bagging and of feature sampling.")
     boosters_: list[lgb.Booster] = field(init=False, repr=False)
     num_trees_: list[int] = field(init=False, repr=False)
@@ -75,13 +75,23 @@ class InfluenceTrees:
 
     def __post_init__(self) -> None:
         check_choice("label_scale", self.label_scale, LABEL_SCALES)
-        for name, minimum in (("min_trees", 1), ("num_trees", self.min_trees), ("num_leaves", 2), ("min_leaf_size", 1),
-                              ("l2", 0), ("num_threads", 0), ("seed", 0)):
+        for name, minimum in (
+            ("min_trees", 1),
+            ("num_trees", self.min_trees),
+            ("num_leaves", 2),
+            ("min_leaf_size", 1),
+            ("l2", 0),
+            ("num_threads", 0),
+            ("seed", 0),
+        ):
             check_at_least(name, getattr(self, name), minimum)
         for name in ("learning_rate", "feature_fraction", "bagging"):
             if not 0 < getattr(self, name) <= 1:
-                raise InputError(f"{name}={getattr(self, name)!r} cannot be used.", "a number above 0 and up to 1",
-                                 f"pass such a value for {name}.")
+                raise InputError(
+                    f"{name}={getattr(self, name)!r} cannot be used.",
+                    "a number above 0 and up to 1",
+                    f"pass such a value for {name}.",
+                )
         if self.validation_folds != 0:
             check_at_least("validation_folds", self.validation_folds, 2)
 
@@ -117,8 +127,10 @@ class InfluenceTrees:
         for column, booster in enumerate(self.boosters_):
             with atomic_path(_booster_path(folder, column)) as partial:
                 partial.write_text(booster.model_to_string(), encoding="utf-8")
-        shape = {"num_features": np.array([self.num_features_], dtype=np.int64),
-                 "num_trees": np.array(self.num_trees_, dtype=np.int64)}
+        shape = {
+            "num_features": np.array([self.num_features_], dtype=np.int64),
+            "num_trees": np.array(self.num_trees_, dtype=np.int64),
+        }
         save_state(folder, self, shape | with_prefix("labels", self._label_scaler.arrays()))
 
     @classmethod
@@ -134,8 +146,9 @@ class InfluenceTrees:
         for column in range(len(surrogate.num_trees_)):
             path = _booster_path(folder, column)
             if not path.exists():
-                raise MissingFileError(f"there is no file {path}.", "a folder that `save` wrote",
-                                       "fit and save the surrogate again.")
+                raise MissingFileError(
+                    f"there is no file {path}.", "a folder that `save` wrote", "fit and save the surrogate again."
+                )
             surrogate.boosters_.append(lgb.Booster(model_str=path.read_text(encoding="utf-8")))
         return surrogate
 
@@ -150,17 +163,35 @@ class InfluenceTrees:
 
     def _best_num_trees(self, dataset: lgb.Dataset, splits: list[tuple[NDArray[np.intp], NDArray[np.intp]]]) -> int:
         """Return the number of trees whose held-out scores correlate best with the labels, averaged over the folds."""
-        curve = lgb.cv(self._parameters(), dataset, num_boost_round=self.num_trees, folds=splits, feval=_correlation,
-                       callbacks=[lgb.early_stopping(STALL_ROUNDS, verbose=False)])["valid correlation-mean"]
+        curve = lgb.cv(
+            self._parameters(),
+            dataset,
+            num_boost_round=self.num_trees,
+            folds=splits,
+            feval=_correlation,
+            callbacks=[lgb.early_stopping(STALL_ROUNDS, verbose=False)],
+        )["valid correlation-mean"]
         return max(self.min_trees, int(np.argmax(np.asarray(curve))) + 1)
 
     def _parameters(self) -> dict[str, Any]:
         return {
-            "objective": "regression", "metric": "none", "learning_rate": self.learning_rate, "num_leaves": self.num_leaves,
-            "min_data_in_leaf": self.min_leaf_size, "feature_fraction": self.feature_fraction, "lambda_l2": self.l2,
-            "bagging_fraction": self.bagging, "bagging_freq": int(self.bagging < 1), "max_bin": MAX_BIN,
-            "min_data_in_bin": 1, "feature_pre_filter": False, "num_threads": self.num_threads, "seed": self.seed,
-            "deterministic": True, "force_row_wise": True, "verbosity": -1,
+            "objective": "regression",
+            "metric": "none",
+            "learning_rate": self.learning_rate,
+            "num_leaves": self.num_leaves,
+            "min_data_in_leaf": self.min_leaf_size,
+            "feature_fraction": self.feature_fraction,
+            "lambda_l2": self.l2,
+            "bagging_fraction": self.bagging,
+            "bagging_freq": int(self.bagging < 1),
+            "max_bin": MAX_BIN,
+            "min_data_in_bin": 1,
+            "feature_pre_filter": False,
+            "num_threads": self.num_threads,
+            "seed": self.seed,
+            "deterministic": True,
+            "force_row_wise": True,
+            "verbosity": -1,
         }
 
 

@@ -88,8 +88,11 @@ def pack(encoded: Sequence[EncodedText], *, num_rows: int, row_tokens: int, sepa
         (2, num_rows, row_tokens) int64: token ids, and labels with `IGNORED` where the loss does not count.
     """
     if not any(text.num_targets for text in encoded):
-        raise InputError(f"none of the {len(encoded)} texts to train on has a target token.", "at least one text of two tokens",
-                         "select more texts or raise max_tokens.")
+        raise InputError(
+            f"none of the {len(encoded)} texts to train on has a target token.",
+            "at least one text of two tokens",
+            "select more texts or raise max_tokens.",
+        )
     ordered = sorted(encoded, key=lambda text: text.text_id)
     rng = np.random.default_rng(seed)
     ids: list[int] = []
@@ -104,8 +107,16 @@ def pack(encoded: Sequence[EncodedText], *, num_rows: int, row_tokens: int, sepa
     return np.stack([np.array(ids[:needed]), np.array(labels[:needed])]).reshape(2, num_rows, row_tokens)
 
 
-def train(lm: LanguageModel, texts: Any, plan: TrainingPlan, *, evaluate: Evaluate | None = None, folder: Path | None = None,
-          stop: Callable[[dict[str, float]], bool] | None = None, title: str = "train") -> TrainingCurve:
+def train(
+    lm: LanguageModel,
+    texts: Any,
+    plan: TrainingPlan,
+    *,
+    evaluate: Evaluate | None = None,
+    folder: Path | None = None,
+    stop: Callable[[dict[str, float]], bool] | None = None,
+    title: str = "train",
+) -> TrainingCurve:
     """Train `lm` (which must have its optimiser) on texts, in place.
 
     Args:
@@ -122,10 +133,20 @@ def train(lm: LanguageModel, texts: Any, plan: TrainingPlan, *, evaluate: Evalua
         NotFiniteError: The loss became NaN or infinite; the last checkpoint is kept.
     """
     if lm.optimizer is None:
-        raise InputError("the model has no optimizer.", "a LanguageModel with optimizer=...", "pass torch.optim.AdamW(module.parameters(), lr=...).")
+        raise InputError(
+            "the model has no optimizer.",
+            "a LanguageModel with optimizer=...",
+            "pass torch.optim.AdamW(module.parameters(), lr=...).",
+        )
     check_at_least("num_tokens", plan.num_tokens, 1)
     separator = getattr(lm.tokenizer, "eos_token_id", None) or 0
-    rows = pack(lm.encode(texts), num_rows=plan.num_steps * plan.rows_per_step, row_tokens=plan.row_tokens, separator=separator, seed=plan.seed)
+    rows = pack(
+        lm.encode(texts),
+        num_rows=plan.num_steps * plan.rows_per_step,
+        row_tokens=plan.row_tokens,
+        separator=separator,
+        seed=plan.seed,
+    )
     curve, first_step = TrainingCurve(), 0
     rates = [float(group["lr"]) for group in lm.optimizer.param_groups]
     if folder is not None and (folder / "state.json").exists():
@@ -134,7 +155,11 @@ def train(lm: LanguageModel, texts: Any, plan: TrainingPlan, *, evaluate: Evalua
         tracker.advance(first_step)
         for step in range(first_step, plan.num_steps + 1):
             is_last = step == plan.num_steps
-            if evaluate is not None and (is_last or step % plan.evaluate_every == 0) and (not curve.steps or curve.steps[-1] < step):
+            if (
+                evaluate is not None
+                and (is_last or step % plan.evaluate_every == 0)
+                and (not curve.steps or curve.steps[-1] < step)
+            ):
                 _record(curve, lm, evaluate, step=step, plan=plan)
                 if stop is not None and stop(curve.losses[-1]):
                     break
@@ -142,7 +167,7 @@ def train(lm: LanguageModel, texts: Any, plan: TrainingPlan, *, evaluate: Evalua
                 break
             if folder is not None and step > first_step and step % plan.checkpoint_every == 0:
                 _save(lm, folder, curve, step=step, rates=rates)
-            _step(lm, rows[:, step * plan.rows_per_step:(step + 1) * plan.rows_per_step], plan, step=step, rates=rates)
+            _step(lm, rows[:, step * plan.rows_per_step : (step + 1) * plan.rows_per_step], plan, step=step, rates=rates)
             tracker.advance()
     return curve
 
@@ -157,8 +182,11 @@ def _step(lm: LanguageModel, rows: np.ndarray, plan: TrainingPlan, *, step: int,
     logits = lm.module(input_ids=ids, use_cache=False).logits[:, :-1].float()
     loss = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=IGNORED)
     if not bool(torch.isfinite(loss)):
-        raise NotFiniteError(f"the training loss is {float(loss.detach())} at step {step}.", "a finite loss",
-                             "lower the learning rate, or train in float32; the last checkpoint is kept.")
+        raise NotFiniteError(
+            f"the training loss is {float(loss.detach())} at step {step}.",
+            "a finite loss",
+            "lower the learning rate, or train in float32; the last checkpoint is kept.",
+        )
     loss.backward()
     torch.nn.utils.clip_grad_norm_(lm.module.parameters(), plan.max_grad_norm)
     lm.optimizer.step()
@@ -176,8 +204,15 @@ def _record(curve: TrainingCurve, lm: LanguageModel, evaluate: Evaluate, *, step
 def _save(lm: LanguageModel, folder: Path, curve: TrainingCurve, *, step: int, rates: list[float]) -> None:
     """A checkpoint counts only once state.json names it, so a kill between the two loses nothing."""
     lm.save(folder / f"step-{step}")
-    write_json(folder / "state.json", {"step": step, "rates": rates, "torch_random": torch.get_rng_state().tolist(),
-                                       "curve": {"steps": curve.steps, "tokens": curve.tokens, "losses": curve.losses}})
+    write_json(
+        folder / "state.json",
+        {
+            "step": step,
+            "rates": rates,
+            "torch_random": torch.get_rng_state().tolist(),
+            "curve": {"steps": curve.steps, "tokens": curve.tokens, "losses": curve.losses},
+        },
+    )
     for other in folder.glob("step-*"):
         if other.name != f"step-{step}":
             _remove(other)
@@ -201,8 +236,10 @@ def _resume(lm: LanguageModel, folder: Path) -> tuple[TrainingCurve, int, list[f
     lm.module.load_state_dict(module.state_dict())
     own, loaded = dict(lm.module.named_parameters()), dict(module.named_parameters())
     for name, parameter in own.items():
-        lm.optimizer.state[parameter] = {key: value.to(lm.device) if value.shape == parameter.shape else value
-                                         for key, value in optimizer.state[loaded[name]].items()}
+        lm.optimizer.state[parameter] = {
+            key: value.to(lm.device) if value.shape == parameter.shape else value
+            for key, value in optimizer.state[loaded[name]].items()
+        }
     torch.set_rng_state(torch.tensor(state["torch_random"], dtype=torch.uint8))
     curve = TrainingCurve(**state["curve"])
     return curve, int(state["step"]), list(state["rates"])

@@ -27,14 +27,26 @@ def train_tokenizer(strings: Iterable[str], *, vocabulary_size: int = 2048) -> A
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary_size, special_tokens=["<|endoftext|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(strings, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", clean_up_tokenization_spaces=False)
 
 
-def build_model(architecture: str, *, vocabulary_size: int, width: int = 128, num_layers: int = 4, num_heads: int = 4,
-                context: int = 512, seed: int = 0) -> nn.Module:
+def build_model(
+    architecture: str,
+    *,
+    vocabulary_size: int,
+    width: int = 128,
+    num_layers: int = 4,
+    num_heads: int = 4,
+    context: int = 512,
+    seed: int = 0,
+) -> nn.Module:
     """Build a small causal language model with random weights.
 
     Args:
@@ -50,8 +62,16 @@ def build_model(architecture: str, *, vocabulary_size: int, width: int = 128, nu
     import transformers
 
     check_choice("architecture", architecture, ARCHITECTURES)
-    sizes = {"vocab_size": vocabulary_size, "hidden_size": width, "num_hidden_layers": num_layers, "num_attention_heads": num_heads,
-             "max_position_embeddings": context, "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
+    sizes: dict[str, Any] = {
+        "vocab_size": vocabulary_size,
+        "hidden_size": width,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "max_position_embeddings": context,
+        "use_cache": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     if architecture == "llama":
         config: Any = transformers.LlamaConfig(**sizes, intermediate_size=width * 8 // 3, tie_word_embeddings=False)
     else:

@@ -45,7 +45,7 @@ def target(built: tuple[Rows, dict[str, Rows]]) -> Rows:
 def windows(text: str, length: int = 13) -> set[tuple[str, ...]]:
     """Plain reference for runs of words, with words as the letters and digits between anything else."""
     words = "".join(character if character.isalnum() or character == "_" else " " for character in text.lower()).split()
-    return {tuple(words[start:start + length]) for start in range(len(words) - length + 1)}
+    return {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}
 
 
 def digest(rows: object) -> str:
@@ -74,10 +74,18 @@ def test_columns_and_lengths(pool: Rows, target: Rows) -> None:
 
 
 def test_another_process_makes_the_same_rows(without_tests: tuple[Rows, dict[str, Rows]], tmp_path: Path) -> None:
-    program = ("import hashlib, json, sys; from surrogate._data.python_library import recipe; "
-               "print(hashlib.sha256(json.dumps(recipe.build(without=sys.argv[1:])).encode()).hexdigest())")
-    answer = subprocess.run([sys.executable, "-c", program, *LEFT_OUT], cwd=tmp_path, env={**os.environ, "PYTHONHASHSEED": "7"},
-                            capture_output=True, text=True, check=True)
+    program = (
+        "import hashlib, json, sys; from surrogate._data.python_library import recipe; "
+        "print(hashlib.sha256(json.dumps(recipe.build(without=sys.argv[1:])).encode()).hexdigest())"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", program, *LEFT_OUT],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert answer.stdout.strip() == digest(without_tests)
 
 
@@ -127,7 +135,7 @@ def test_corruptions_do_what_they_are_called(pool: Rows) -> None:
             assert sorted(text.split()) == sorted(original.split())
             shared.append(len(windows(text) & windows(original)) / max(1, len(windows(original))))
         elif row["corruption"] == "repetition":
-            lines = text.split("\n") if "\n" in text else [text[:len(text) // 3]]
+            lines = text.split("\n") if "\n" in text else [text[: len(text) // 3]]
             assert len(set(lines)) == 1 and lines[0] in original.replace("\n", " ") + original
         elif row["corruption"] == "character_noise":
             kept = sum((Counter(text) & Counter(original)).values()) / len(original)

@@ -82,4 +82,5 @@ def test_target_rows_are_clean_and_of_their_skill(built: tuple[Rows, dict[str, R
 def test_seed_decides_everything(built: tuple[Rows, dict[str, Rows]]) -> None:
     assert recipe.build() == built
     assert not {row["text"] for row in recipe.build(seed=1)[0] if row["kind"] == "random_letters"} & {
-        row["text"] for row in built[0]}
+        row["text"] for row in built[0]
+    }

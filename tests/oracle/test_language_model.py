@@ -10,9 +10,15 @@ import oracle
 from oracle.encoding import IGNORED
 from oracle.errors import InputError, InputTypeError
 
-CHAT_TEMPLATE = ("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"
-                 "{% if add_generation_prompt %}<assistant>{% endif %}")
-SENTENCES = ["The quick brown fox jumps over the lazy dog.", "Pack my box with five dozen liquor jugs.", "How vexingly quick daft zebras jump!"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Pack my box with five dozen liquor jugs.",
+    "How vexingly quick daft zebras jump!",
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +46,12 @@ def test_only_the_completion_is_predicted(lm):
 
 
 def test_only_the_assistants_turns_are_predicted(lm, monkeypatch):
-    messages = [{"role": "user", "content": "fox?"}, {"role": "assistant", "content": "brown fox"},
-                {"role": "user", "content": "dog?"}, {"role": "assistant", "content": "lazy dog"}]
+    messages = [
+        {"role": "user", "content": "fox?"},
+        {"role": "assistant", "content": "brown fox"},
+        {"role": "user", "content": "dog?"},
+        {"role": "assistant", "content": "lazy dog"},
+    ]
     with pytest.raises(InputError, match="chat template"):
         lm.encode([{"messages": messages}])
     monkeypatch.setattr(lm.tokenizer, "chat_template", CHAT_TEMPLATE)
@@ -68,10 +78,14 @@ def test_batches_respect_the_token_limit_and_hold_every_text_once(lm, make_token
     assert sorted(position for batch in batches for position in batch.positions) == list(range(30))
 
 
-def test_save_and_load_keep_weights_tokenizer_and_optimiser_state(make_module, make_tokenizer, make_token_texts, make_adamw, tmp_path):
+def test_save_and_load_keep_weights_tokenizer_and_optimiser_state(
+    make_module, make_tokenizer, make_token_texts, make_adamw, tmp_path
+):
     for kind in ("neox", "llama"):  # transformers renames the output layer of NeoX on saving
         module = make_module(kind, vocab_size=300)
-        lm = oracle.LanguageModel(module, make_tokenizer(SENTENCES), make_adamw(module, make_token_texts(4, seed=0)), max_tokens=64)
+        lm = oracle.LanguageModel(
+            module, make_tokenizer(SENTENCES), make_adamw(module, make_token_texts(4, seed=0)), max_tokens=64
+        )
         lm.save(tmp_path / kind)
         loaded = oracle.LanguageModel.from_pretrained(tmp_path / kind, max_tokens=64)
         assert loaded.fingerprint(optimizer=True) == lm.fingerprint(optimizer=True)
@@ -84,9 +98,15 @@ def test_the_optimiser_state_of_a_trainer_checkpoint_is_matched_by_name(make_mod
     from transformers.trainer_pt_utils import get_parameter_names
 
     module = make_module("neox")
-    decayed = set(get_parameter_names(module, [torch.nn.LayerNorm], [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]))
-    groups = [{"params": [p for n, p in module.named_parameters() if n in decayed], "weight_decay": 0.1},
-              {"params": [p for n, p in module.named_parameters() if n not in decayed], "weight_decay": 0.0}]
+    decayed = set(
+        get_parameter_names(
+            module, [torch.nn.LayerNorm], [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+        )
+    )
+    groups = [
+        {"params": [p for n, p in module.named_parameters() if n in decayed], "weight_decay": 0.1},
+        {"params": [p for n, p in module.named_parameters() if n not in decayed], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=3e-4)
     ids = torch.tensor([[5, 6, 7, 8]])
     module(input_ids=ids, labels=ids).loss.backward()
@@ -133,7 +153,9 @@ def test_what_does_not_fit_is_refused(make_module, make_tokenizer, lm, tmp_path)
     with pytest.raises(InputError, match="no tokenizer"):
         oracle.LanguageModel(make_module("llama"), max_tokens=64).encode(["text"])
     with pytest.raises(InputError, match="none of the model's parameters"):
-        oracle.LanguageModel(make_module("llama"), optimizer=torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0), max_tokens=64)
+        oracle.LanguageModel(
+            make_module("llama"), optimizer=torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0), max_tokens=64
+        )
     with pytest.raises(InputError, match="cannot load a causal language model"):
         oracle.LanguageModel.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="float32, bfloat16"):

@@ -194,7 +194,9 @@ def test_target_subsampling_follows_the_seed_and_not_the_row_order(lm, make_toke
     rows, sample = make_token_texts(12, seed=9), make_token_texts(5, seed=1)
     settings = {"method": "grad_dot", "max_target_texts": 4}
     first = oracle.label(lm, sample, {"t": rows}, seed=1, **settings)
-    np.testing.assert_allclose(oracle.label(lm, sample, {"t": rows[::-1]}, seed=1, **settings).values, first.values, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        oracle.label(lm, sample, {"t": rows[::-1]}, seed=1, **settings).values, first.values, rtol=1e-3, atol=1e-6
+    )
     assert not np.allclose(oracle.label(lm, sample, {"t": rows}, seed=2, **settings).values, first.values, rtol=1e-2)
     assert first.meta["num_target_texts"] == {"t": 4}
 
@@ -203,7 +205,8 @@ SCRIPT = textwrap.dedent("""
     import sys, time, torch, transformers, oracle
     from oracle import plugins
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+    config = transformers.LlamaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                      intermediate_size=64,
                                       max_position_embeddings=64)
     module = transformers.LlamaForCausalLM(config)
     lm = oracle.LanguageModel(module, optimizer=torch.optim.AdamW(module.parameters(), lr=1e-3), max_tokens=64)

@@ -17,10 +17,16 @@ def _everything(lm):
     groups = [{k: v for k, v in g.items() if k != "params"} for g in lm.optimizer.param_groups]
     grads = [None if p.grad is None else p.grad.clone() for p in lm.module.parameters()]
     return {
-        "weights": state, "slots": slots, "groups": groups, "grads": grads,
-        "modes": [m.training for m in lm.module.modules()], "requires_grad": [p.requires_grad for p in lm.module.parameters()],
+        "weights": state,
+        "slots": slots,
+        "groups": groups,
+        "grads": grads,
+        "modes": [m.training for m in lm.module.modules()],
+        "requires_grad": [p.requires_grad for p in lm.module.parameters()],
         "hooks": [list(m._forward_hooks) for m in lm.module.modules()],
-        "torch": torch.get_rng_state(), "numpy": np.random.get_state()[1].copy(), "python": random.getstate(),
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state()[1].copy(),
+        "python": random.getstate(),
     }
 
 

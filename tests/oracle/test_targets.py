@@ -20,8 +20,9 @@ def chosen(target, mask=None):
 
 def test_targets_keep_the_order_in_which_they_are_given(tmp_path):
     (tmp_path / "math.jsonl").write_text(json.dumps({"text": "1+1"}))
-    targets = read_targets({"zebra": TEXTS, "math-2.0_a": tmp_path / "math.jsonl",
-                            "a": datasets.Dataset.from_dict({"text": ["x"]})})
+    targets = read_targets(
+        {"zebra": TEXTS, "math-2.0_a": tmp_path / "math.jsonl", "a": datasets.Dataset.from_dict({"text": ["x"]})}
+    )
     assert [target.name for target in targets] == ["zebra", "math-2.0_a", "a"]
     assert [len(target) for target in targets] == [21, 1, 1]
     assert [target.num_given for target in targets] == [21, 1, 1]
@@ -48,8 +49,11 @@ def test_fingerprint_is_of_the_texts_and_not_of_their_order_or_name():
 
 
 def test_subsample_is_drawn_by_content_and_seed():
-    (a,), (b,), (c,) = (read_targets(TEXTS, max_texts=5), read_targets(TEXTS[::-1], max_texts=5),
-                        read_targets(TEXTS, max_texts=5, seed=1))
+    (a,), (b,), (c,) = (
+        read_targets(TEXTS, max_texts=5),
+        read_targets(TEXTS[::-1], max_texts=5),
+        read_targets(TEXTS, max_texts=5, seed=1),
+    )
     assert len(a) == 5
     assert a.num_given == 21
     assert chosen(a) == chosen(b) != chosen(c)

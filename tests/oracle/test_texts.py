@@ -149,6 +149,7 @@ def test_strings_dicts_and_generators_in_memory():
 def test_hub_name_is_loaded_with_its_split(monkeypatch):
     def load(name, split):
         return datasets.Dataset.from_dict({"text": [name, split]})
+
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert read_texts("org/name", split="dev")["text"][:] == ["org/name", "dev"]
 
@@ -156,6 +157,7 @@ def test_hub_name_is_loaded_with_its_split(monkeypatch):
 def test_unreachable_hub_says_that_local_files_were_looked_for(monkeypatch, tmp_path):
     def load(name, split):
         raise ConnectionError("no network")
+
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MissingFileError, match=r"no local file or folder 'org/name'.*no network"):
@@ -167,9 +169,12 @@ def test_unreachable_hub_says_that_local_files_were_looked_for(monkeypatch, tmp_
 
 # ---- formats
 
+
 def test_completion_format_hashes_prompt_and_completion_apart():
-    rows = [{"prompt": "ab", "completion": "c", "text": "abc", "kind": 1},
-            {"prompt": "a", "completion": "bc", "text": "abc", "kind": 2}]
+    rows = [
+        {"prompt": "ab", "completion": "c", "text": "abc", "kind": 1},
+        {"prompt": "a", "completion": "bc", "text": "abc", "kind": 2},
+    ]
     dataset = read_texts(rows)
     assert dataset.column_names == ["text_id", "prompt", "completion", "kind"]
     assert len(set(list_text_ids(dataset))) == 2
@@ -231,6 +236,7 @@ def test_ids_depend_on_content_only(tmp_path):
 
 # ---- rejection
 
+
 def test_rejected_texts_are_counted_by_reason_and_announced(tmp_path):
     path = tmp_path / "x.jsonl"
     values = ["a", "a", None, 3, ["a"], "", " \n\u2003", "b", "\ud800", "a"]
@@ -257,26 +263,29 @@ def test_rejection_is_the_same_from_arrow(tmp_path):
     assert read_report(dataset).rejected == {"duplicate": 1, "empty": 1, "not a string": 1, "not valid Unicode": 1}
 
 
-@pytest.mark.parametrize(("row", "reason"), [
-    ({"prompt": "p", "completion": " "}, "empty"),
-    ({"prompt": None, "completion": "c"}, "not a string"),
-    ({"messages": []}, "empty"),
-    ({"messages": None}, "not a list of messages"),
-    ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message"),
-    ({"messages": [{"role": "assistant"}]}, "message without role or content"),
-    ({"messages": [{"role": "assistant", "content": None}]}, "message without role or content"),
-    ({"messages": [{"role": "assistant", "content": " "}]}, "empty"),
-    ({"messages": [{"role": "assistant", "content": "\udfff"}]}, "not valid Unicode"),
-    ({"input_ids": []}, "empty"),
-    ({"input_ids": [1, -2]}, "not a list of token ids"),
-    ({"input_ids": [1, None]}, "not a list of token ids"),
-    ({"input_ids": [True]}, "not a list of token ids"),
-    ({"input_ids": [1.5]}, "not a list of token ids"),
-    ({"input_ids": [2**70]}, "not a list of token ids"),
-    ({"input_ids": "1 2"}, "not a list of token ids"),
-    ({"input_ids": [1, 2], "labels": [1]}, "labels of another length"),
-    ({"input_ids": [1, 2], "labels": [-100, -100]}, "no token with loss"),
-])
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "p", "completion": " "}, "empty"),
+        ({"prompt": None, "completion": "c"}, "not a string"),
+        ({"messages": []}, "empty"),
+        ({"messages": None}, "not a list of messages"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message"),
+        ({"messages": [{"role": "assistant"}]}, "message without role or content"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "message without role or content"),
+        ({"messages": [{"role": "assistant", "content": " "}]}, "empty"),
+        ({"messages": [{"role": "assistant", "content": "\udfff"}]}, "not valid Unicode"),
+        ({"input_ids": []}, "empty"),
+        ({"input_ids": [1, -2]}, "not a list of token ids"),
+        ({"input_ids": [1, None]}, "not a list of token ids"),
+        ({"input_ids": [True]}, "not a list of token ids"),
+        ({"input_ids": [1.5]}, "not a list of token ids"),
+        ({"input_ids": [2**70]}, "not a list of token ids"),
+        ({"input_ids": "1 2"}, "not a list of token ids"),
+        ({"input_ids": [1, 2], "labels": [1]}, "labels of another length"),
+        ({"input_ids": [1, 2], "labels": [-100, -100]}, "no token with loss"),
+    ],
+)
 def test_each_format_rejects_what_cannot_be_trained_on(row, reason):
     good = {"prompt": "p", "completion": "c", "messages": CHAT, "input_ids": [5], "labels": [5]}
     with pytest.warns(TextsRejectedWarning):
@@ -286,8 +295,12 @@ def test_each_format_rejects_what_cannot_be_trained_on(row, reason):
 
 def test_token_lists_with_gaps_are_rejected_from_arrow():
     kind = pa.list_(pa.int64())
-    table = pa.table({"input_ids": pa.array([[1, None], None, [0, 1], [], [2, 3]], kind),
-                      "labels": pa.array([None, None, None, None, [2, None]], kind)})
+    table = pa.table(
+        {
+            "input_ids": pa.array([[1, None], None, [0, 1], [], [2, 3]], kind),
+            "labels": pa.array([None, None, None, None, [2, None]], kind),
+        }
+    )
     with pytest.warns(TextsRejectedWarning):
         dataset = read_texts(datasets.Dataset(table))
     assert dataset["input_ids"][:] == [[0, 1]]
@@ -304,8 +317,16 @@ def test_nothing_kept_is_an_error_with_the_counts():
 
 # ---- reading again
 
-@pytest.mark.parametrize("rows", [ROWS, [{"prompt": "p", "completion": "c", "kind": 1}], [{"messages": CHAT, "text": "x"}],
-                                  [{"input_ids": [1, 2], "labels": [1, -100]}]])
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ROWS,
+        [{"prompt": "p", "completion": "c", "kind": 1}],
+        [{"messages": CHAT, "text": "x"}],
+        [{"input_ids": [1, 2], "labels": [1, -100]}],
+    ],
+)
 def test_reading_again_changes_nothing(rows, tmp_path):
     once = read_texts(rows)
     twice = read_texts(once)
@@ -345,6 +366,7 @@ def test_missing_text_ids_are_refused():
 
 # ---- plain strings
 
+
 class Tokenizer:
     def decode(self, token_ids, /, *, skip_special_tokens):
         assert skip_special_tokens
@@ -365,6 +387,7 @@ def test_plain_strings_of_every_format():
 
 # ---- errors
 
+
 def test_missing_path_names_close_ones(tmp_path):
     (tmp_path / "pool.jsonl").write_bytes(json_lines(ROWS))
     with pytest.raises(MissingFileError, match=r"did you mean 'pool.jsonl'") as caught:
@@ -378,18 +401,21 @@ def test_missing_path_names_close_ones(tmp_path):
         read_texts("Once upon a time there was a text that was no path.")
 
 
-@pytest.mark.parametrize(("name", "data", "match"), [
-    ("x.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', r"x\.jsonl, line 3: not valid JSON"),
-    ("x.jsonl", b'{"text": "a"}\n"b"\n', r"x\.jsonl, line 2: a str stands"),
-    ("x.json", b'["a", "b"]', "not of objects"),
-    ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-9], "cannot be unpacked"),
-    ("x.jsonl.zst", b"no zst", "cannot be unpacked"),
-    ("x.parquet", b"no parquet", "cannot be parsed"),
-    ("x.arrow", b"no arrow file", "cannot be parsed"),
-    ("x.csv", b"text\na\n", "ending that is not known"),
-    ("x.jsonl", b'{"text": "a", "k": 1}\n{"text": "b", "k": "c"}\n', "'k' mixes types"),
-    ("x.jsonl", b'{"text": "a", "k": "\xff"}\n', "'k' mixes types or holds"),
-])
+@pytest.mark.parametrize(
+    ("name", "data", "match"),
+    [
+        ("x.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', r"x\.jsonl, line 3: not valid JSON"),
+        ("x.jsonl", b'{"text": "a"}\n"b"\n', r"x\.jsonl, line 2: a str stands"),
+        ("x.json", b'["a", "b"]', "not of objects"),
+        ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-9], "cannot be unpacked"),
+        ("x.jsonl.zst", b"no zst", "cannot be unpacked"),
+        ("x.parquet", b"no parquet", "cannot be parsed"),
+        ("x.arrow", b"no arrow file", "cannot be parsed"),
+        ("x.csv", b"text\na\n", "ending that is not known"),
+        ("x.jsonl", b'{"text": "a", "k": 1}\n{"text": "b", "k": "c"}\n', "'k' mixes types"),
+        ("x.jsonl", b'{"text": "a", "k": "\xff"}\n', "'k' mixes types or holds"),
+    ],
+)
 def test_unreadable_file_is_named(tmp_path, name, data, match):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match=match) as caught:
@@ -438,6 +464,7 @@ def test_unknown_options_and_sources_are_refused():
 def test_protocol_without_its_package_says_what_to_install(monkeypatch):
     def refuse(location):
         raise ImportError("Install s3fs to access S3")
+
     monkeypatch.setattr(fsspec, "url_to_fs", refuse)
     with pytest.raises(MissingPackageError, match="pip install s3fs"):
         read_texts("s3://bucket/x.jsonl")

@@ -22,7 +22,8 @@ def test_load_gives_pool_targets_and_card() -> None:
     assert corpus.pool.num_rows == 100
     assert {"text", "source", "kind", "usefulness_addition"} <= set(corpus.pool.column_names)
     assert {name: rows.num_rows for name, rows in corpus.targets.items()} == dict.fromkeys(
-        ("addition", "capitals", "comparison", "reversal", "sequence"), 5)
+        ("addition", "capitals", "comparison", "reversal", "sequence"), 5
+    )
     assert corpus.card.startswith("# skills")
 
 
@@ -33,8 +34,12 @@ def tiny_library(folder: Path) -> Path:
     (folder / "pydoc_data" / "topics.py").write_text(f"topics = {topics!r}\n")
     body = "".join(f"    value{line} = first{line} + second{line} * third{line}\n" for line in range(8))
     functions = [f"def compute{number}():\n" + body.replace("value", f"value{number}") for number in range(10)]
-    (folder / "compute.py").write_text("\n".join(function.replace("first", f"first{number}").replace("third", f"third{number}")
-                                                 for number, function in enumerate(functions)))
+    (folder / "compute.py").write_text(
+        "\n".join(
+            function.replace("first", f"first{number}").replace("third", f"third{number}")
+            for number, function in enumerate(functions)
+        )
+    )
     return folder
 
 
@@ -54,9 +59,17 @@ def test_unknown_names_and_options_are_refused_with_a_suggestion() -> None:
         corpora.load("skills", num_text=10)
 
 
-@pytest.mark.parametrize(("options", "error"), [
-    ({"num_texts": 0}, InputError), ({"num_texts": 2.5}, InputTypeError), ({"num_texts": True}, InputTypeError),
-    ({"seed": "0"}, InputTypeError), ({"corrupted_share": -0.1}, InputError), ({"corrupted_share": float("nan")}, InputError)])
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"num_texts": 0}, InputError),
+        ({"num_texts": 2.5}, InputTypeError),
+        ({"num_texts": True}, InputTypeError),
+        ({"seed": "0"}, InputTypeError),
+        ({"corrupted_share": -0.1}, InputError),
+        ({"corrupted_share": float("nan")}, InputError),
+    ],
+)
 def test_bad_values_are_refused(options: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error, match=next(iter(options))):
         corpora.load("python_library", **options)
@@ -73,10 +86,12 @@ def test_a_library_without_documentation_is_an_error(tmp_path: Path) -> None:
 
 
 def test_recipes_are_importable_and_data_is_not(tmp_path: Path) -> None:
-    program = ("import importlib.util, sys, surrogate.corpora; "
-               "assert 'datasets' not in sys.modules; "
-               "assert importlib.util.find_spec('data') is None; "
-               "from surrogate._data.python_library import recipe; print(surrogate.corpora.names())")
+    program = (
+        "import importlib.util, sys, surrogate.corpora; "
+        "assert 'datasets' not in sys.modules; "
+        "assert importlib.util.find_spec('data') is None; "
+        "from surrogate._data.python_library import recipe; print(surrogate.corpora.names())"
+    )
     answer = subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.strip() == "['python_library', 'skills']"

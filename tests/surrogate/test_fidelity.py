@@ -152,10 +152,13 @@ def fidelity():
     scores, labels = noisy(60)
     rng = np.random.default_rng(3)
     two_labels = np.stack([labels, rng.normal(size=60)], axis=1)
-    rows = [measure_fidelity(values, two_labels, target_names=["math", "code"], num_bootstrap=20)
-            for values in (np.stack([scores, -two_labels[:, 1]], axis=1), rng.normal(size=(60, 2)), np.zeros((60, 2)))]
-    return Fidelity(surrogate_name="trees", surrogate=rows[0], ridge=rows[1], constant=rows[2],
-                    noise_ceiling={"math": 0.91, "code": None})
+    rows = [
+        measure_fidelity(values, two_labels, target_names=["math", "code"], num_bootstrap=20)
+        for values in (np.stack([scores, -two_labels[:, 1]], axis=1), rng.normal(size=(60, 2)), np.zeros((60, 2)))
+    ]
+    return Fidelity(
+        surrogate_name="trees", surrogate=rows[0], ridge=rows[1], constant=rows[2], noise_ceiling={"math": 0.91, "code": None}
+    )
 
 
 def test_fidelity_survives_json():
@@ -169,10 +172,24 @@ def test_targets_at_chance_are_named():
 
 def test_the_table_is_aligned_and_shows_ridge_and_constant_beside_the_surrogate():
     lines = fidelity().table().splitlines()
-    assert [line.split()[:2] for line in lines[1:]] == [["math", "trees"], ["math", "ridge"], ["math", "constant"],
-                                                         ["code", "trees"], ["code", "ridge"], ["code", "constant"]]
-    for title in ("target", "surrogate", "spearman", "within source", "r2", "top-20 % recall", "mean label of selected",
-                  "noise ceiling"):
+    assert [line.split()[:2] for line in lines[1:]] == [
+        ["math", "trees"],
+        ["math", "ridge"],
+        ["math", "constant"],
+        ["code", "trees"],
+        ["code", "ridge"],
+        ["code", "constant"],
+    ]
+    for title in (
+        "target",
+        "surrogate",
+        "spearman",
+        "within source",
+        "r2",
+        "top-20 % recall",
+        "mean label of selected",
+        "noise ceiling",
+    ):
         assert title in lines[0]
     assert all(len(line) == len(lines[0]) for line in lines)
     assert lines[1].endswith("0.910") and lines[4].endswith("-") and "0.000" in lines[3]

@@ -43,15 +43,25 @@ def test_a_selection_has_the_best_texts_first_with_values_and_counts():
     assert chosen.text_ids == ["b", "c"] and chosen.reasons == ["score", "score"] and chosen.ranks == [1, 2]
     np.testing.assert_allclose(chosen.values[:, 0], [0.9, 0.5])
     assert chosen.combined[0] > chosen.combined[1] and chosen.num_tokens == 9 and len(chosen) == chosen.num_texts == 2
-    assert chosen.counts == {"pool": 3, "duplicates": 0, "excluded": 0, "candidates": 3, "labelled": 0, "labels_not_in_pool": 0,
-                             "selected": 2, "by_label": 0, "by_score": 2}
+    assert chosen.counts == {
+        "pool": 3,
+        "duplicates": 0,
+        "excluded": 0,
+        "candidates": 3,
+        "labelled": 0,
+        "labels_not_in_pool": 0,
+        "selected": 2,
+        "by_label": 0,
+        "by_score": 2,
+    }
     assert chosen.meta["rule"] == "top" and chosen.meta["budget"] == {"texts": 2}
 
 
 def test_a_plain_array_with_names_is_as_good_as_scores():
     scores = make_scores()
-    plain = select(np.asarray(scores), text_ids=scores.text_ids, target_names=NAMES, num_tokens=scores.num_tokens,
-                   budget=Budget(tokens=900))
+    plain = select(
+        np.asarray(scores), text_ids=scores.text_ids, target_names=NAMES, num_tokens=scores.num_tokens, budget=Budget(tokens=900)
+    )
     assert plain.text_ids == select(scores, budget=Budget(tokens=900)).text_ids
     for missing in ({"text_ids": scores.text_ids}, {"target_names": NAMES}):
         with pytest.raises(InputError, match="a plain array of scores without"):
@@ -66,8 +76,10 @@ def test_the_order_of_the_pool_changes_nothing(rule, budget):
     scores = make_scores()
     shuffled = make_scores(order=np.random.default_rng(9).permutation(NUM_TEXTS))
     labelled = Labels.from_values(np.array([[3.0, 3.0], [-3.0, -3.0]]), [scores.text_ids[4], scores.text_ids[7]], NAMES)
-    first, second = (select(each, rule=rule, budget=budget, labels=labelled, exclude=scores.text_ids[:5], seed=2)
-                     for each in (scores, shuffled))
+    first, second = (
+        select(each, rule=rule, budget=budget, labels=labelled, exclude=scores.text_ids[:5], seed=2)
+        for each in (scores, shuffled)
+    )
     assert first.text_ids == second.text_ids and first.ranks == second.ranks and first.meta == second.meta
     assert len(first) > 3
 
@@ -94,20 +106,35 @@ def test_a_fraction_is_a_share_of_the_pools_texts_rounded_down():
     assert len(select(scores, budget=Budget(fraction=0.5), exclude=ids[:50])) == 50
 
 
-@pytest.mark.parametrize("options", [{}, {"texts": 1, "tokens": 1}, {"fraction": 0}, {"fraction": 1.5},
-                                     {"fraction": float("nan")}, {"texts": 0}, {"texts": 2.5}, {"tokens": -1},
-                                     {"texts": True}, {"fraction": "0.2"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"texts": 1, "tokens": 1},
+        {"fraction": 0},
+        {"fraction": 1.5},
+        {"fraction": float("nan")},
+        {"texts": 0},
+        {"texts": 2.5},
+        {"tokens": -1},
+        {"texts": True},
+        {"fraction": "0.2"},
+    ],
+)
 def test_budgets_that_make_no_sense_are_refused(options):
     with pytest.raises(InputError):
         Budget(**options)
 
 
-@pytest.mark.parametrize(("budget", "message"), [
-    (Budget(texts=6), "a budget of 6 texts for 5 texts"),
-    (Budget(tokens=171), "a budget of 171 tokens for 170 tokens"),
-    (Budget(tokens=9), "keeps nothing"),
-    (Budget(fraction=0.1), "keeps nothing"),
-])
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (Budget(texts=6), "a budget of 6 texts for 5 texts"),
+        (Budget(tokens=171), "a budget of 171 tokens for 170 tokens"),
+        (Budget(tokens=9), "keeps nothing"),
+        (Budget(fraction=0.1), "keeps nothing"),
+    ],
+)
 def test_budgets_above_the_pool_or_below_any_text_are_refused_with_both_numbers(budget, message):
     scores = single([5, 4, 3, 2, 1], num_tokens=[50, 60, 30, 20, 10])
     with pytest.raises(InputError, match=message):
@@ -128,7 +155,11 @@ def test_a_labelled_text_is_ranked_by_its_label_and_says_so():
     assert chosen.text_ids == ["e", "b"] and chosen.reasons == ["label", "score"]
     assert chosen.values[0, 0] == 9.0
     assert {name: chosen.counts[name] for name in ("labelled", "labels_not_in_pool", "by_label", "by_score")} == {
-        "labelled": 2, "labels_not_in_pool": 1, "by_label": 1, "by_score": 1}
+        "labelled": 2,
+        "labels_not_in_pool": 1,
+        "by_label": 1,
+        "by_score": 1,
+    }
     assert float(scores[4, 0]) == 1.0  # the scores themselves stay
 
 
@@ -190,12 +221,26 @@ def test_fidelity_counts_only_for_targets_that_the_rule_looks_at():
 def test_select_reads_a_real_fidelity():
     from surrogate.fidelity import Fidelity
 
-    names = ("spearman", "p_value", "spearman_within_source", "num_sources_within", "r2", "top_recall", "mean_label_selected",
-             "mean_label_all", "mean_label_best", "top_fraction", "num_texts")
-    rows = [{**dict.fromkeys(names, 0.1), "target": target, "spearman_interval": [-0.1, 0.1], "p_value": p_value}
-            for target, p_value in (("math", 0.001), ("code", 0.5))]
-    fidelity = Fidelity.from_dict({"surrogate_name": "ridge", "noise_ceiling": {},
-                                   **dict.fromkeys(("surrogate", "ridge", "constant"), rows)})
+    names = (
+        "spearman",
+        "p_value",
+        "spearman_within_source",
+        "num_sources_within",
+        "r2",
+        "top_recall",
+        "mean_label_selected",
+        "mean_label_all",
+        "mean_label_best",
+        "top_fraction",
+        "num_texts",
+    )
+    rows = [
+        {**dict.fromkeys(names, 0.1), "target": target, "spearman_interval": [-0.1, 0.1], "p_value": p_value}
+        for target, p_value in (("math", 0.001), ("code", 0.5))
+    ]
+    fidelity = Fidelity.from_dict(
+        {"surrogate_name": "ridge", "noise_ceiling": {}, **dict.fromkeys(("surrogate", "ridge", "constant"), rows)}
+    )
     with pytest.raises(LowFidelityError, match="for code"):
         select(make_scores(), budget=Budget(texts=3), fidelity=fidelity)
     assert len(select(make_scores(), budget=Budget(texts=3), fidelity=fidelity, combine="math")) == 3
@@ -237,7 +282,13 @@ def test_a_selection_survives_a_round_trip(tmp_path):
         chosen.save(tmp_path / str(number))
         loaded = Selection.load(tmp_path / str(number))
         assert (loaded.text_ids, loaded.reasons, loaded.ranks, loaded.counts, loaded.tokens_per_text, loaded.target_names) == (
-            chosen.text_ids, chosen.reasons, chosen.ranks, chosen.counts, chosen.tokens_per_text, chosen.target_names)
+            chosen.text_ids,
+            chosen.reasons,
+            chosen.ranks,
+            chosen.counts,
+            chosen.tokens_per_text,
+            chosen.target_names,
+        )
         np.testing.assert_array_equal(loaded.values, chosen.values)
         np.testing.assert_array_equal(loaded.combined, chosen.combined)
         assert loaded.meta["rule"] == "top" and loaded.num_tokens == chosen.num_tokens
@@ -278,8 +329,19 @@ def test_scores_survive_a_round_trip(tmp_path):
 
 def test_whatever_is_computed_from_scores_is_a_plain_array():
     scores = make_scores()
-    derived = [scores[:3], scores[scores[:, 0] > 0], scores + 1, 2 * scores, scores.mean(axis=0), np.sort(scores, axis=0),
-               scores.copy(), np.concatenate([scores, scores]), scores.astype(float), np.exp(scores), scores.max(axis=1)]
+    derived = [
+        scores[:3],
+        scores[scores[:, 0] > 0],
+        scores + 1,
+        2 * scores,
+        scores.mean(axis=0),
+        np.sort(scores, axis=0),
+        scores.copy(),
+        np.concatenate([scores, scores]),
+        scores.astype(float),
+        np.exp(scores),
+        scores.max(axis=1),
+    ]
     assert [type(array) for array in derived] == [np.ndarray] * len(derived)
     for array in (scores.T, scores.reshape(-1)):
         with pytest.raises(InputError, match="derived from Scores"):
@@ -287,9 +349,18 @@ def test_whatever_is_computed_from_scores_is_a_plain_array():
     assert scores.shape == (NUM_TEXTS, 2) and scores.dtype == np.float32 and len(scores.text_ids) == NUM_TEXTS
 
 
-@pytest.mark.parametrize("changes", [{"text_ids": ["a"]}, {"target_names": ["math"]}, {"target_names": ["math", "math"]},
-                                     {"target_names": ["math", "text_id"]}, {"num_tokens": [1, 2]},
-                                     {"num_tokens": [0.5] * NUM_TEXTS}, {"num_tokens": [-1] * NUM_TEXTS}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"text_ids": ["a"]},
+        {"target_names": ["math"]},
+        {"target_names": ["math", "math"]},
+        {"target_names": ["math", "text_id"]},
+        {"num_tokens": [1, 2]},
+        {"num_tokens": [0.5] * NUM_TEXTS},
+        {"num_tokens": [-1] * NUM_TEXTS},
+    ],
+)
 def test_scores_whose_names_do_not_fit_are_refused(changes):
     with pytest.raises(InputError):
         make_scores(**changes)

@@ -65,16 +65,28 @@ def test_groups_do_not_depend_on_row_order():
 
 
 def test_a_group_is_named_by_its_smallest_position():
-    groups = near_duplicate_groups(["one two three four five six seven eight nine",
-                                    "another text altogether, of some more words here",
-                                    "One two three  four five six seven EIGHT nine"])
+    groups = near_duplicate_groups(
+        [
+            "one two three four five six seven eight nine",
+            "another text altogether, of some more words here",
+            "One two three  four five six seven EIGHT nine",
+        ]
+    )
     np.testing.assert_array_equal(groups, [0, 1, 0])
 
 
 def test_short_and_unspaced_texts_are_compared_by_characters():
     unspaced = "".join(chr(0x4E00 + number) for number in np.random.default_rng(4).integers(0, 3000, size=400))
-    texts = ["def add(first, second, a):", "def add(first, second, b):",
-             "print('hello')", "", "  ", "a", unspaced, unspaced[:-5] + "x"]
+    texts = [
+        "def add(first, second, a):",
+        "def add(first, second, b):",
+        "print('hello')",
+        "",
+        "  ",
+        "a",
+        unspaced,
+        unspaced[:-5] + "x",
+    ]
     np.testing.assert_array_equal(near_duplicate_groups(texts), [0, 0, 2, 3, 3, 5, 6, 6])
 
 
@@ -131,8 +143,13 @@ def test_a_large_group_does_not_unbalance_the_folds():
         assert sizes.max() - sizes.min() <= 1
 
 
-@pytest.mark.parametrize("split", [lambda groups, keys: grouped_folds(groups, num_folds=4, seed=0, keys=keys),
-                                   lambda groups, keys: grouped_holdout(groups, fraction=0.3, seed=0, keys=keys)])
+@pytest.mark.parametrize(
+    "split",
+    [
+        lambda groups, keys: grouped_folds(groups, num_folds=4, seed=0, keys=keys),
+        lambda groups, keys: grouped_holdout(groups, fraction=0.3, seed=0, keys=keys),
+    ],
+)
 def test_content_and_not_position_decides_the_side(split):
     groups, keys = some_groups()
     order = np.random.default_rng(9).permutation(len(groups))

@@ -8,8 +8,15 @@ import torch
 from oracle.gradients.products import GradientProducts, PerTextProducts, UncoveredModuleError, check_sum, dot_in_blocks
 from oracle.language_model import LanguageModel
 
-ARCHITECTURES = [("neox", {}), ("neox", {"tie_word_embeddings": True}), ("neox", {"use_parallel_residual": False}), ("gpt2", {}),
-                 ("llama", {}), ("llama", {"tie_word_embeddings": True, "attention_bias": True}), ("qwen3", {})]
+ARCHITECTURES = [
+    ("neox", {}),
+    ("neox", {"tie_word_embeddings": True}),
+    ("neox", {"use_parallel_residual": False}),
+    ("gpt2", {}),
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True, "attention_bias": True}),
+    ("qwen3", {}),
+]
 
 
 def _setting(kind, options, make_module, make_token_texts, *, num_directions):

@@ -117,11 +117,11 @@ def slow_ngram_vector(string, lengths):
     for length in lengths:
         counts = {}
         for start in range(len(words) - length + 1):
-            gram = (length, *words[start:start + length])
+            gram = (length, *words[start : start + length])
             counts[gram] = counts.get(gram, 0) + 1
         norm = math.sqrt(sum(math.log1p(count) ** 2 for count in counts.values()))
         vector |= {gram: math.log1p(count) / norm for gram, count in counts.items()}
-    norm = math.sqrt(sum(value ** 2 for value in vector.values()))
+    norm = math.sqrt(sum(value**2 for value in vector.values()))
     return {gram: value / norm for gram, value in vector.items()}
 
 
@@ -158,8 +158,9 @@ def test_token_ids_are_hashed_as_words_and_have_no_characters():
         HashedNgrams(char_ngrams="3").encode(tokens)
 
 
-@pytest.mark.parametrize("options", [{"word_ngrams": "", "char_ngrams": ""}, {"word_ngrams": "2-1"}, {"char_ngrams": "x"},
-                                     {"dim": 1}, {"dim": 1.5}])
+@pytest.mark.parametrize(
+    "options", [{"word_ngrams": "", "char_ngrams": ""}, {"word_ngrams": "2-1"}, {"char_ngrams": "x"}, {"dim": 1}, {"dim": 1.5}]
+)
 def test_options_of_hashed_ngrams_that_make_no_sense_are_refused(options):
     with pytest.raises(InputError):
         HashedNgrams(**options)
@@ -168,14 +169,33 @@ def test_options_of_hashed_ngrams_that_make_no_sense_are_refused(options):
 def test_text_statistics_of_a_small_text_are_what_one_counts_by_hand():
     found = text_statistics("The cat.\nThe cat.\n    x = 42!\n")
     expected = {
-        "log_chars": math.log(31), "share_digit": 2 / 30, "share_newline": 3 / 30, "share_upper": 2 / 30, "share_stop": 3 / 30,
-        "share_math": 1 / 30, "log_words": math.log(7), "type_token_ratio": 4 / 6, "share_stop_words": 2 / 6,
-        "share_top_word": 2 / 6, "share_words_seen_once": 2 / 6, "share_repeated_word_triples": 0.0, "mean_word_chars": 15 / 6,
-        "share_one_char_words": 1 / 6, "share_number_words": 1 / 6, "share_capitalised_words": 2 / 6,
-        "word_entropy_bits": 2 * (1 / 3) * math.log2(3) + (1 / 3) * math.log2(6), "log_lines": math.log(5),
-        "share_empty_lines": 1 / 4, "share_duplicate_lines": 1 / 3, "share_indented_lines": 1 / 3,
-        "share_lines_end_in_punctuation": 1.0, "share_exclamations": 1 / 3, "share_questions": 0.0, "digits_per_word": 2 / 6,
-        "share_lines_start_upper": 2 / 3, "bytes_per_char": 1.0,
+        "log_chars": math.log(31),
+        "share_digit": 2 / 30,
+        "share_newline": 3 / 30,
+        "share_upper": 2 / 30,
+        "share_stop": 3 / 30,
+        "share_math": 1 / 30,
+        "log_words": math.log(7),
+        "type_token_ratio": 4 / 6,
+        "share_stop_words": 2 / 6,
+        "share_top_word": 2 / 6,
+        "share_words_seen_once": 2 / 6,
+        "share_repeated_word_triples": 0.0,
+        "mean_word_chars": 15 / 6,
+        "share_one_char_words": 1 / 6,
+        "share_number_words": 1 / 6,
+        "share_capitalised_words": 2 / 6,
+        "word_entropy_bits": 2 * (1 / 3) * math.log2(3) + (1 / 3) * math.log2(6),
+        "log_lines": math.log(5),
+        "share_empty_lines": 1 / 4,
+        "share_duplicate_lines": 1 / 3,
+        "share_indented_lines": 1 / 3,
+        "share_lines_end_in_punctuation": 1.0,
+        "share_exclamations": 1 / 3,
+        "share_questions": 0.0,
+        "digits_per_word": 2 / 6,
+        "share_lines_start_upper": 2 / 3,
+        "bytes_per_char": 1.0,
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected)
 

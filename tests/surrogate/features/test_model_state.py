@@ -15,7 +15,11 @@ from surrogate.features.model_state import STATISTICS, ModelState
 @pytest.fixture
 def setting(make_module, make_token_texts):
     lm = oracle.LanguageModel(make_module("neox"), max_tokens=64)
-    return lm, oracle.read_texts(make_token_texts(9, seed=1)), {"a": make_token_texts(4, seed=2), "b": make_token_texts(3, seed=3)}
+    return (
+        lm,
+        oracle.read_texts(make_token_texts(9, seed=1)),
+        {"a": make_token_texts(4, seed=2), "b": make_token_texts(3, seed=3)},
+    )
 
 
 @pytest.mark.parametrize("has_adam", [False, True])
@@ -54,10 +58,18 @@ def test_states_and_statistics_equal_a_plain_computation(setting):
     errors = log_p.exp()
     errors[torch.arange(len(log_p)), ids[0, 1:]] -= 1
     worst = own.sort().values[: int(np.ceil(len(own) * 0.5))]
-    expected = {"mean_loss": -own.mean(), "std_loss": own.std(correction=0), "max_loss": -own.min(), "min_k": worst.mean(),
-                "entropy": -(log_p.exp() * log_p).sum(-1).mean(), "error_norm": errors.norm(dim=-1).mean(),
-                "log_num_tokens": np.log1p(len(own)), "hidden.5": hidden[:, 5].mean(), "hidden_rms.5": hidden[:, 5].square().mean().sqrt(),
-                "error.7": (errors @ lm.module.get_output_embeddings().weight)[:, 7].mean().detach()}
+    expected = {
+        "mean_loss": -own.mean(),
+        "std_loss": own.std(correction=0),
+        "max_loss": -own.min(),
+        "min_k": worst.mean(),
+        "entropy": -(log_p.exp() * log_p).sum(-1).mean(),
+        "error_norm": errors.norm(dim=-1).mean(),
+        "log_num_tokens": np.log1p(len(own)),
+        "hidden.5": hidden[:, 5].mean(),
+        "hidden_rms.5": hidden[:, 5].square().mean().sqrt(),
+        "error.7": (errors @ lm.module.get_output_embeddings().weight)[:, 7].mean().detach(),
+    }
     for name, value in expected.items():
         assert features[row, names.index(name)] == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
 
@@ -78,7 +90,7 @@ def test_the_mean_error_state_is_the_gradient_at_the_output_layers_input(setting
     lm.module(input_ids=ids, labels=ids).loss.backward()
     handle.remove()
     gradient = inputs[0].grad[0].sum(0).numpy()  # of the mean loss: already divided by the number of predicted tokens
-    np.testing.assert_allclose(encoder.encode(texts)[0, first:first + len(gradient)], gradient, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(encoder.encode(texts)[0, first : first + len(gradient)], gradient, rtol=1e-3, atol=1e-6)
 
 
 def test_a_text_does_not_depend_on_its_batch_and_the_model_is_left_alone(setting):

@@ -22,7 +22,7 @@ def data(kind, num_texts=400, num_features=100, seed=0):
 
 def held_out_spearman(surrogate, kind):
     X, y, truth = data(kind)
-    return spearman(surrogate.fit(X[:len(y)], y).predict(X[len(y):])[:, 0], truth[len(y):])
+    return spearman(surrogate.fit(X[: len(y)], y).predict(X[len(y) :])[:, 0], truth[len(y) :])
 
 
 def test_it_beats_ridge_on_a_nonlinear_function_and_equals_it_on_a_linear_one():
@@ -87,14 +87,25 @@ def test_a_callers_torch_settings_do_not_reach_in():
 
 def test_hidden_takes_text_or_numbers():
     X, y, _ = data("linear", 40)
-    scores = [InfluenceNetwork(hidden=hidden, ensemble=1, max_epochs=2).fit(X[:40], y).predict(X)
-              for hidden in ("8,4", (8, 4), [8, 4])]
+    scores = [
+        InfluenceNetwork(hidden=hidden, ensemble=1, max_epochs=2).fit(X[:40], y).predict(X) for hidden in ("8,4", (8, 4), [8, 4])
+    ]
     np.testing.assert_array_equal(scores[0], scores[1])
     np.testing.assert_array_equal(scores[0], scores[2])
 
 
-@pytest.mark.parametrize("options", [{"hidden": ""}, {"hidden": "8,x"}, {"hidden": (0,)}, {"dropout": 1.0}, {"ensemble": 0},
-                                     {"validation_fraction": 0.0}, {"learning_rate": float("nan")}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hidden": ""},
+        {"hidden": "8,x"},
+        {"hidden": (0,)},
+        {"dropout": 1.0},
+        {"ensemble": 0},
+        {"validation_fraction": 0.0},
+        {"learning_rate": float("nan")},
+    ],
+)
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(InputError, match=next(iter(options))):
         InfluenceNetwork(**options)

@@ -134,9 +134,14 @@ def test_bad_input_is_refused_in_three_parts(name, fitted, tmp_path):
     with_nan, with_inf = X.copy(), y.copy()
     with_nan[3, 2], with_inf[5, 1] = np.nan, np.inf
     for bad_X, bad_y, groups, error in [
-        (with_nan, y, None, NotFiniteError), (X, with_inf, None, NotFiniteError), (X[:9], y[:9], None, InputError),
-        (X, y[:-1], None, InputError), (X[:, 0], y, None, InputError), (X, y, np.zeros(len(X), dtype=int), InputError),
-        (X, y, np.arange(3), InputError), (X.astype(np.float64) * 1e300, y, None, NotFiniteError),
+        (with_nan, y, None, NotFiniteError),
+        (X, with_inf, None, NotFiniteError),
+        (X[:9], y[:9], None, InputError),
+        (X, y[:-1], None, InputError),
+        (X[:, 0], y, None, InputError),
+        (X, y, np.zeros(len(X), dtype=int), InputError),
+        (X, y, np.arange(3), InputError),
+        (X.astype(np.float64) * 1e300, y, None, NotFiniteError),
     ]:
         with pytest.raises(error) as caught:
             make(name).fit(bad_X, bad_y, groups=groups)
@@ -164,6 +169,7 @@ def test_global_random_states_are_neither_read_nor_changed(name):
     import random
 
     import torch
+
     X, y = linear_data()
     scores = []
     for seed in (0, 1):

@@ -61,8 +61,9 @@ def test_near_duplicates_stay_on_one_side_of_every_fold():
 
 def test_results_do_not_depend_on_the_number_of_threads():
     X, y, _ = data(60, 10)
-    scores = [InfluenceTrees(num_trees=3, min_trees=3, validation_folds=0, num_threads=count).fit(X, y).predict(X)
-              for count in (1, 2)]
+    scores = [
+        InfluenceTrees(num_trees=3, min_trees=3, validation_folds=0, num_threads=count).fit(X, y).predict(X) for count in (1, 2)
+    ]
     np.testing.assert_array_equal(*scores)
 
 
@@ -83,8 +84,17 @@ def test_a_missing_booster_file_is_named(tmp_path):
         InfluenceTrees.load(tmp_path)
 
 
-@pytest.mark.parametrize("options", [{"num_trees": 50}, {"num_leaves": 1}, {"learning_rate": 0}, {"bagging": 1.5},
-                                     {"feature_fraction": 0.0}, {"validation_folds": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_trees": 50},
+        {"num_leaves": 1},
+        {"learning_rate": 0},
+        {"bagging": 1.5},
+        {"feature_fraction": 0.0},
+        {"validation_folds": 1},
+    ],
+)
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(InputError, match=next(iter(options))):
         InfluenceTrees(**options)

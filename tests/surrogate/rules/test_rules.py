@@ -109,8 +109,14 @@ def test_negative_temperatures_are_refused():
 def test_each_way_of_combining_is_what_it_says():
     z_scores = (SCORES - SCORES.mean(0)) / SCORES.std(0)
     np.testing.assert_allclose(standardise(SCORES.astype(float)), z_scores, atol=1e-5)
-    expected = {"sum_z": z_scores.mean(1), "max_z": z_scores.max(1), "min_z": z_scores.min(1), "mean": SCORES.mean(1),
-                "math": SCORES[:, 0], "code": SCORES[:, 1]}
+    expected = {
+        "sum_z": z_scores.mean(1),
+        "max_z": z_scores.max(1),
+        "min_z": z_scores.min(1),
+        "mean": SCORES.mean(1),
+        "math": SCORES[:, 0],
+        "code": SCORES[:, 1],
+    }
     for how, values in expected.items():
         np.testing.assert_allclose(combine(SCORES, how, target_names=NAMES), values, atol=1e-5)
     weighted = combine(SCORES, "sum_z", target_names=NAMES, weights={"code": 1, "math": 3})
@@ -138,14 +144,17 @@ def test_targets_used_are_those_that_can_change_the_result():
     assert targets_used("sum_z", target_names=NAMES, weights={"math": 0, "code": 2}) == ["code"]
 
 
-@pytest.mark.parametrize(("how", "weights", "message"), [
-    ("sumz", None, "did you mean 'sum_z'"),
-    ("max_z", {"math": 1, "code": 1}, "no effect"),
-    ("sum_z", {"math": 1}, "one weight for each of math, code"),
-    ("sum_z", {"math": 1, "cod": 1}, "one weight for each of math, code"),
-    ("mean", {"math": -1, "code": 1}, "at least 0"),
-    ("mean", {"math": 0, "code": 0}, "not all 0"),
-])
+@pytest.mark.parametrize(
+    ("how", "weights", "message"),
+    [
+        ("sumz", None, "did you mean 'sum_z'"),
+        ("max_z", {"math": 1, "code": 1}, "no effect"),
+        ("sum_z", {"math": 1}, "one weight for each of math, code"),
+        ("sum_z", {"math": 1, "cod": 1}, "one weight for each of math, code"),
+        ("mean", {"math": -1, "code": 1}, "at least 0"),
+        ("mean", {"math": 0, "code": 0}, "not all 0"),
+    ],
+)
 def test_combinations_that_make_no_sense_are_refused(how, weights, message):
     with pytest.raises(InputError, match=message):
         combine(SCORES, how, target_names=NAMES, weights=weights)

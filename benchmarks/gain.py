@@ -1,0 +1,259 @@
+"""What a selection buys: training tokens to reach the loss that random texts reach, and what the selection cost.
+
+For every seed a small Llama model is warmed up on random texts, a sample is labelled, the pool is scored, and for each
+target one copy of the checkpoint is trained on the selection and one on random texts for the same number of tokens. Labels
+use one half of each target set; losses are measured on the other half. Costs of labels (with the target gradients),
+features, fitting and scoring are counted in the same unit, FLOPs, and measured in seconds; one labelling, one set of
+features and one fit serve all targets, and each target is charged the whole of it. Training on a selection stops once
+random's last loss is reached (`--to-the-end` goes on).
+
+    python benchmarks/gain.py --pool 'pool-*.parquet' --target math=math_dev.jsonl code=code_dev.jsonl
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from setting import arguments, load_pool, report, start, warmed_up
+
+from oracle.artifacts import read_json, write_json
+from oracle.language_model import LanguageModel
+from oracle.measure import label
+from oracle.target_columns import prepare_targets
+from oracle.targets import TargetSet, read_targets, split_halves
+from surrogate.pipeline import Run
+from surrogate.selection import Budget, select
+from surrogate.training.loop import TrainingCurve, TrainingPlan, train
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--labels", type=int, default=600)
+    parser.add_argument("--fraction", type=float, default=0.2, help="share of the pool's texts that is selected")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=256, help="longest text, and row length in training")
+    parser.add_argument("--warmup-tokens", type=int, default=400_000)
+    parser.add_argument("--training-tokens", type=int, default=800_000)
+    parser.add_argument("--target-texts", type=int, default=64, help="target texts per set to label with")
+    parser.add_argument("--judge-texts", type=int, default=48, help="target texts per set to measure the loss on")
+    parser.add_argument(
+        "--to-the-end", action="store_true", help="train on the selection for all tokens, not only until random's loss is reached"
+    )
+    parser.add_argument("--surrogate", default="ridge")
+    parser.add_argument("--encoder", nargs="+", default=["hashed_ngrams", "text_stats"])
+    options = parser.parse_args()
+    start(options)
+    pool, targets = load_pool(options)
+    results = [_one_seed(options, pool, targets, seed=seed) for seed in options.seeds]
+    names = list(targets)
+    rows = []
+    for name in names:
+        per_seed = [result["targets"][name] for result in results]
+        rows.append(
+            [
+                name,
+                _spread([r["before"] for r in per_seed]),
+                _spread([r["random"] for r in per_seed]),
+                _spread([r["selected"] for r in per_seed]),
+                _spread([r["share_of_tokens"] for r in per_seed]),
+                _spread([r["share_of_flops_with_selection"] for r in per_seed]),
+                _spread([r["spearman"] for r in per_seed]),
+            ]
+        )
+    rows.append(
+        [
+            "cost of selecting, share of FLOPs of training",
+            "",
+            "",
+            "",
+            "",
+            _spread([r["selection_flops_share"] for r in results]),
+            "",
+        ]
+    )
+    rows.append(
+        [
+            "cost of selecting, share of seconds of training",
+            "",
+            "",
+            "",
+            "",
+            _spread([r["selection_seconds_share"] for r in results]),
+            "",
+        ]
+    )
+    report(
+        f"{len(pool)} texts, {options.labels} labels, {options.training_tokens:,} training tokens, "
+        f"mean (lowest to highest of {len(results)} seeds)",
+        [
+            "target",
+            "loss before",
+            "random",
+            "selected (at its stop)",
+            "share of tokens to random's loss",
+            "with cost of selecting",
+            "held-out Spearman",
+        ],
+        rows,
+        {
+            "benchmark": "gain",
+            "pool": len(pool),
+            "labels": options.labels,
+            "training_tokens": options.training_tokens,
+            "fraction": options.fraction,
+            "surrogate": options.surrogate,
+            "encoders": options.encoder,
+            "seeds": results,
+        },
+    )
+
+
+def _one_seed(options: Any, pool: Any, targets: dict[str, Any], *, seed: int) -> dict[str, Any]:
+    run = Run(options.workdir / f"gain-{seed}")
+    run.set_pool(pool)
+    lm = warmed_up(
+        run.folder / "model",
+        pool,
+        architecture="llama",
+        width=options.width,
+        num_layers=options.layers,
+        vocabulary_size=options.vocabulary,
+        max_tokens=options.tokens,
+        num_tokens=options.warmup_tokens,
+        seed=seed,
+        rows_per_step=8,
+    )
+    labelling, judging = _halves(targets, options, seed=seed)
+    labels = label(
+        lm,
+        run.sample(options.labels, seed=seed),
+        labelling,
+        method="grad_dot",
+        workdir=run.folder / "labels",
+        seed=seed,
+        max_grad_norm=1.0,
+    )
+    predictor = run.fit(options.encoder, options.surrogate, lm=lm, seed=seed)
+    scores = run.score(options.surrogate, lm=lm)
+    spearman = {row.target: row.spearman for row in predictor.fidelity_.surrogate}
+    curves = {"random": _train(run, lm, "random", None, judging=judging, options=options, seed=seed)}
+    goals = {name: curves["random"]["curve"].column(name)[-1] for name in targets}
+    for name in targets:
+        selection = select(
+            scores,
+            budget=Budget(fraction=options.fraction),
+            rule="top",
+            combine=name,
+            labels=labels,
+            fidelity=predictor.fidelity_,
+            allow_low_fidelity=True,
+            seed=seed,
+        )
+        curves[name] = _train(run, lm, name, selection.text_ids, judging=judging, options=options, seed=seed, goal=goals[name])
+    cost = labels.meta["cost"]
+    training_flops = 3 * lm.forward_flops_per_token * options.training_tokens
+    features = run.costs()["features"]
+    selecting = {
+        "flops": cost["label_flops"] + cost["prepare_flops"] + features["flops"],
+        "seconds": cost["prepare_seconds"]
+        + cost["label_seconds"]
+        + features["seconds"]
+        + run.costs()[f"fit {options.surrogate}"]["seconds"]
+        + run.costs()["score"]["seconds"],
+    }
+    flops_share = selecting["flops"] / training_flops
+    found = {}
+    for name in targets:
+        random, selected = curves["random"]["curve"].column(name), curves[name]["curve"].column(name)
+        tokens = curves[name]["curve"].tokens_to_reach(name, random[-1])
+        share = None if tokens is None else tokens / curves["random"]["curve"].tokens[-1]
+        found[name] = {
+            "before": random[0],
+            "random": random[-1],
+            "selected": selected[-1],
+            "share_of_tokens": share,
+            "spearman": spearman[name],
+            "share_of_flops_with_selection": None if share is None else share + flops_share,
+        }
+    return {
+        "seed": seed,
+        "targets": found,
+        "selection_flops_share": flops_share,
+        "selection_seconds_share": selecting["seconds"] / curves["random"]["seconds"],
+        "selecting": selecting,
+    }
+
+
+def _train(
+    run: Run,
+    lm: LanguageModel,
+    name: str,
+    text_ids: list[str] | None,
+    *,
+    judging: list[TargetSet],
+    options: Any,
+    seed: int,
+    goal: float | None = None,
+) -> dict[str, Any]:
+    """Train a copy of the checkpoint; keep the curve."""
+    path = run.folder / "training" / f"{name}.json"
+    if not path.exists():
+        copy = LanguageModel.from_pretrained(run.folder / "model", max_tokens=options.tokens)
+        columns = prepare_targets(
+            copy, judging if text_ids is None else [target for target in judging if target.name == name], halves=False
+        )
+        plan = replace(
+            TrainingPlan(num_tokens=options.training_tokens),
+            row_tokens=options.tokens,
+            rows_per_step=8,
+            evaluate_every=20 if text_ids is None else 10,
+            seed=seed + 1,
+            checkpoint_every=100,
+        )
+        begin = time.perf_counter()
+        curve = train(
+            copy,
+            run.pool() if text_ids is None else run.texts(text_ids),
+            plan,
+            folder=run.folder / "training" / name,
+            title=f"seed {seed}: {name}",
+            stop=None if goal is None or options.to_the_end else lambda losses: losses[name] <= goal,
+            evaluate=lambda model: dict(zip(columns.names, columns.combine(columns.losses(model)).tolist(), strict=True)),
+        )
+        write_json(
+            path, {"steps": curve.steps, "tokens": curve.tokens, "losses": curve.losses, "seconds": time.perf_counter() - begin}
+        )
+    stored = read_json(path)
+    return {"curve": TrainingCurve(stored["steps"], stored["tokens"], stored["losses"]), "seconds": stored["seconds"]}
+
+
+def _halves(targets: dict[str, Any], options: Any, *, seed: int) -> tuple[dict[str, TargetSet], list[TargetSet]]:
+    """Split each target set into texts to label with and texts to judge by."""
+    labelling, judging = {}, []
+    for target in read_targets(targets):
+        first = split_halves(target, seed=seed)
+        labelling[target.name] = read_targets(
+            {target.name: target.texts.select(np.flatnonzero(first))}, max_texts=options.target_texts, seed=seed
+        )[0]
+        judging += read_targets(
+            {target.name: target.texts.select(np.flatnonzero(~first))}, max_texts=options.judge_texts, seed=seed
+        )
+    return labelling, judging
+
+
+def _spread(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "not reached" if not known else f"{np.mean(known):.3f} ({len(values) - len(known)} not reached)"
+    return f"{np.mean(known):.3f} ({min(known):.3f} to {max(known):.3f})"
+
+
+if __name__ == "__main__":
+    main()
