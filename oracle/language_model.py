@@ -26,6 +26,7 @@ from oracle.texts import read_texts
 if TYPE_CHECKING:
     from datasets import Dataset
 
+DEFAULT_MAX_TOKENS = 512
 MAX_BATCH_TOKENS = 8192  # beyond this a larger batch no longer makes a CPU or GPU pass cheaper per token
 
 
@@ -37,7 +38,7 @@ class LanguageModel:
         tokenizer: Its tokenizer; None if all texts are token ids.
         optimizer: The torch optimiser that trains `module`, with its live state. `one_step` needs it;
             `grad_dot` takes its second moments from it.
-        max_tokens: Longer texts are truncated or refused.
+        max_tokens: Longer texts are truncated or refused; None means 512, or the model's context if that is shorter.
         device: "auto" keeps a module that has an optimiser or is on an accelerator where it is, and
             otherwise takes CUDA where there is one; or any torch device.
         too_long: What happens to texts longer than `max_tokens`: "truncate" (counted) or "refuse".
@@ -57,7 +58,7 @@ class LanguageModel:
         tokenizer: Any = None,
         optimizer: torch.optim.Optimizer | None = None,
         *,
-        max_tokens: int = 512,
+        max_tokens: int | None = None,
         device: str | torch.device = "auto",
         too_long: str = "truncate",
     ) -> None:
@@ -69,7 +70,8 @@ class LanguageModel:
             )
         check_choice("too_long", too_long, ("truncate", "refuse"))
         self.module, self.tokenizer, self.optimizer = module, tokenizer, optimizer
-        self.max_tokens, self.too_long = max_tokens, too_long
+        self.max_tokens = min(DEFAULT_MAX_TOKENS, self.context or DEFAULT_MAX_TOKENS) if max_tokens is None else max_tokens
+        self.too_long = too_long
         self.device = _choose_device(module, optimizer, device)
         module.to(self.device)
         self._check_fit()
@@ -81,7 +83,7 @@ class LanguageModel:
         *,
         optimizer: torch.optim.Optimizer | None = None,
         dtype: str = "float32",
-        max_tokens: int = 512,
+        max_tokens: int | None = None,
         device: str | torch.device = "auto",
         too_long: str = "truncate",
     ) -> LanguageModel:
@@ -215,6 +217,11 @@ class LanguageModel:
     # ------------------------------------------------------------------ size
 
     @property
+    def context(self) -> int | None:
+        """The longest sequence that the model takes, or None where its config does not say."""
+        return getattr(getattr(self.module, "config", None), "max_position_embeddings", None)
+
+    @property
     def vocabulary_size(self) -> int:
         """How many token ids the model can embed."""
         return int(self._embeddings().weight.shape[0])
@@ -254,11 +261,10 @@ class LanguageModel:
                 "the tokenizer that the model was trained with",
                 "load both from the same folder, or resize the embeddings.",
             )
-        context = getattr(getattr(self.module, "config", None), "max_position_embeddings", None)
-        if not 1 < self.max_tokens <= (context or self.max_tokens):
+        if not 1 < self.max_tokens <= (self.context or self.max_tokens):
             raise InputError(
-                f"max_tokens={self.max_tokens}, and the model's context is {context} tokens.",
-                f"from 2 to {context or 'the context'}",
+                f"max_tokens={self.max_tokens}, and the model's context is {self.context} tokens.",
+                f"from 2 to {self.context or 'the context'}",
                 "pass max_tokens within the context.",
             )
         if self.optimizer is not None:

@@ -143,7 +143,7 @@ class Run:
             num_texts=len(labels),
         )
         if name == "labels" and (model_path or target_paths):
-            self._remember(model=model_path, targets=dict(target_paths or {}))
+            self._remember(model=model_path, max_tokens=lm.max_tokens, targets=dict(target_paths or {}))
         return labels
 
     def labels(self, name: str = "labels") -> Labels:
@@ -158,9 +158,8 @@ class Run:
                 made.append(given)
                 continue
             name, options = parse_plugin(given)
-            if name == "model_state":
-                settings = self.settings()
-                options = {"model": lm or settings.get("model"), "targets": settings.get("targets"), **options}
+            if name == "model_state" and "model" not in options:
+                options = {"model": lm or self._language_model(), "targets": self.settings().get("targets"), **options}
             made.append(plugins.create(ENCODERS, name, options))
         return made
 
@@ -316,17 +315,21 @@ class Run:
         write_json(self.folder / "run.json", {**self.settings(), **entries})
 
     def _num_tokens(self, lm: LanguageModel | None) -> list[int] | None:
-        """Count tokens where there is something to count them with."""
+        """Count tokens, as training would see them (cut at max_tokens), where there is something to count them with."""
         pool = self.pool()
         if text_format(pool) == "tokens":
             return [len(ids) for ids in pool["input_ids"]]
-        model = self.settings().get("model")
-        if lm is None and model is None:
-            return None
+        lm = lm or self._language_model()
+        return None if lm is None else [len(text.input_ids) for text in lm.encode(pool)]
+
+    def _language_model(self) -> LanguageModel | None:
+        """Load the model that the labels were made with, if it came from a folder or the hub."""
         from oracle.language_model import LanguageModel
 
-        lm = lm or LanguageModel.from_pretrained(str(model))
-        return [len(text.input_ids) for text in lm.encode(pool)]
+        settings = self.settings()
+        if settings.get("model") is None:
+            return None
+        return LanguageModel.from_pretrained(settings["model"], max_tokens=settings["max_tokens"])
 
 
 def parse_plugin(given: str) -> tuple[str, dict[str, Any]]:

@@ -26,7 +26,7 @@ def label_stage(
     text_column: str,
     method: str,
     sample_size: int,
-    max_tokens: int,
+    max_tokens: int | None,
     dtype: str,
     options: Sequence[str],
     seed: int,

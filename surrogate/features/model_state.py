@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from oracle.artifacts import fingerprint
+from oracle.artifacts import fingerprint, read_json, write_json
 from oracle.encoding import IGNORED, Batch
 from oracle.errors import InputError, InputTypeError
 from oracle.gradients.products import GRADIENT_BLOCK_BYTES, dot_in_blocks
@@ -30,6 +31,7 @@ from oracle.methods.grad_dot import adam_moments
 from oracle.plugins import option, options_of
 from oracle.target_columns import TargetColumns, prepare_targets
 from oracle.targets import TargetSet, read_targets
+from oracle.texts import write_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,6 +79,34 @@ class ModelState:
                 )
             self._lm = LanguageModel.from_pretrained(self.model)
         return self._lm
+
+    def saved_options(self) -> dict[str, Any]:
+        """Options as JSON; the model by the path it was loaded from, the target sets in `save_state`."""
+        path = self.model if isinstance(self.model, str) else getattr(getattr(self.lm.module, "config", None), "_name_or_path", "")
+        return {**options_of(self), "model": path, "targets": None, "max_target_texts": None, "max_tokens": self.lm.max_tokens}
+
+    def save_state(self, folder: Path) -> None:
+        """Write the target sets, so that the loaded encoder measures influence on the same texts."""
+        for number, target in enumerate(self._target_sets()):
+            write_texts(target.texts, folder / f"target-{number}.parquet")
+        write_json(folder / "targets.json", [target.name for target in self._target_sets()])
+
+    @classmethod
+    def load_state(cls, folder: Path, options: dict[str, Any], *, lm: LanguageModel | None) -> ModelState:
+        """Make the encoder that was saved, with a model that is at hand or from the path it had.
+
+        Raises:
+            InputError: No model is given and the one that was used had no path.
+        """
+        max_tokens = options.pop("max_tokens")
+        path = options.pop("model")
+        if lm is None and not path:
+            raise InputError("the predictor has model_state features of a model that was not loaded from a folder.", "lm=...",
+                             "pass the language model: InfluencePredictor.load(folder, lm=lm).")
+        model = lm or LanguageModel.from_pretrained(path, max_tokens=max_tokens)
+        names = read_json(folder / "targets.json")
+        targets = {name: str(folder / f"target-{number}.parquet") for number, name in enumerate(names)} or None
+        return cls(**{**options, "model": model, "targets": targets})
 
     def key(self) -> str:
         """Name of the cache folder: options, checkpoint and target sets."""

@@ -1,0 +1,143 @@
+"""InfluencePredictor: honest fidelity, save and load, refusals. Influence here is planted, so the truth is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import oracle
+import surrogate
+from oracle.errors import InputError, InputTypeError, MismatchError, MissingFileError
+from oracle.labels import Labels
+from surrogate.features.hashed_ngrams import HashedNgrams
+from surrogate.features.model_state import ModelState
+
+WORDS = [
+    ["sum", "integral", "proof", "theorem", "lemma", "axiom", "vector", "matrix"],
+    ["salt", "butter", "onion", "oven", "recipe", "bake", "sugar", "flour"],
+]
+
+
+def planted(num_texts, *, seed=0):
+    """Texts of two topics; influence on "math" grows with the number of math words."""
+    rng = np.random.default_rng(seed)
+    rows, values = [], []
+    for number in range(num_texts):
+        share = rng.random()
+        words = [WORDS[0 if rng.random() < share else 1][rng.integers(8)] for _ in range(30)]
+        rows.append({"text": f"text {number} " + " ".join(words), "source": "even" if number % 2 else "odd"})
+        math = sum(word in WORDS[0] for word in words)
+        values.append([math + rng.normal(), -math + rng.normal()])
+    texts = oracle.read_texts(rows)
+    return texts, Labels.from_values(np.array(values), texts["text_id"], ["math", "cooking"])
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    texts, labels = planted(160)
+    encoders = [HashedNgrams(dim=64, word_ngrams="1"), "text_stats"]
+    return surrogate.InfluencePredictor(encoders, "ridge").fit(texts, labels), texts, labels
+
+
+def test_held_out_fidelity_foretells_agreement_on_new_texts(fitted):
+    predictor, _, _ = fitted
+    new_texts, new_labels = planted(150, seed=9)
+    scores = predictor.predict(new_texts)
+    assert scores.shape == (150, 2) and scores.dtype == np.float32
+    for column, row in enumerate(predictor.fidelity_.surrogate):
+        found = np.corrcoef(scores[:, column], new_labels.values[:, column])[0, 1]
+        assert row.spearman > 0.7 and abs(found - row.spearman) < 0.15
+    assert predictor.fidelity_.constant[0].spearman == 0.0
+
+
+def test_a_predictor_of_noise_says_that_it_is_at_chance():
+    texts, labels = planted(120)
+    noise = Labels.from_values(np.random.default_rng(3).normal(size=(120, 1)), labels.text_ids, ["noise"])
+    predictor = surrogate.InfluencePredictor([HashedNgrams(dim=32)], "ridge").fit(texts, noise)
+    assert predictor.fidelity_.targets_at_chance() == ["noise"]
+    scores = predictor.predict(texts)
+    with pytest.raises(InputError, match="not above chance"):
+        surrogate.select(scores, budget=surrogate.Budget(fraction=0.2), fidelity=predictor.fidelity_)
+    assert len(surrogate.select(scores, budget=surrogate.Budget(texts=10), fidelity=predictor.fidelity_, allow_low_fidelity=True)) == 10
+
+
+@pytest.mark.parametrize("name", ["ridge", "trees", "network"])
+def test_a_loaded_predictor_predicts_the_same_bytes(name, tmp_path):
+    texts, labels = planted(80)
+    predictor = surrogate.InfluencePredictor([HashedNgrams(dim=32), "text_stats"], name, num_folds=2).fit(texts, labels)
+    predictor.save(tmp_path / "predictor")
+    loaded = surrogate.InfluencePredictor.load(tmp_path / "predictor")
+    assert np.asarray(loaded.predict(texts)).tobytes() == np.asarray(predictor.predict(texts)).tobytes()
+    assert loaded.fidelity_.as_dict() == predictor.fidelity_.as_dict()
+    assert loaded.held_out_.text_ids == predictor.held_out_.text_ids
+    suffixes = {path.suffix for path in (tmp_path / "predictor").rglob("*") if path.is_file()}
+    assert suffixes <= {".json", ".safetensors", ".txt", ".parquet"}
+
+
+def test_rows_are_joined_by_text_id_and_order_changes_nothing(fitted):
+    predictor, texts, labels = fitted
+    order = np.random.default_rng(0).permutation(len(texts))
+    shuffled = Labels.from_values(labels.values[order], [labels.text_ids[row] for row in order], labels.target_names)
+    again = surrogate.InfluencePredictor(predictor.encoders, "ridge").fit(texts.select(order[::-1]), shuffled)
+    np.testing.assert_allclose(again.predict(texts), predictor.predict(texts), rtol=1e-4, atol=1e-4)
+
+
+def test_texts_without_a_label_are_left_out_and_other_labels_refused(fitted):
+    _, texts, labels = fitted
+    part = labels.take(labels.text_ids[:50])
+    predictor = surrogate.InfluencePredictor([HashedNgrams(dim=32)], "ridge").fit(texts, part)
+    assert len(predictor.held_out_) == 50
+    with pytest.raises(MismatchError, match="none of the"):
+        surrogate.InfluencePredictor([HashedNgrams(dim=32)], "ridge").fit(planted(20, seed=5)[0].select(range(3)), labels)
+
+
+def test_near_duplicates_never_help_their_own_held_out_score():
+    """Every text has a twin with one word changed and the same random label: only memory could predict it."""
+    rng = np.random.default_rng(0)
+    rows, values = [], []
+    for _ in range(60):
+        words = [WORDS[rng.integers(2)][rng.integers(8)] for _ in range(60)]
+        value = rng.normal()
+        for twin in ("", " twin"):
+            rows.append({"text": " ".join(words) + twin})
+            values.append([value])
+    texts = oracle.read_texts(rows)
+    labels = Labels.from_values(np.array(values), texts["text_id"], ["t"])
+    predictor = surrogate.InfluencePredictor([HashedNgrams(dim=512)], "ridge").fit(texts, labels)
+    assert predictor.fidelity_.surrogate[0].spearman < 0.35
+
+
+def test_the_model_of_model_state_is_saved_by_path_and_checked(make_module, make_tokenizer, tmp_path):
+    texts, labels = planted(40)
+    lm = oracle.LanguageModel(make_module("llama", vocab_size=300), make_tokenizer(texts["text"]), max_tokens=64)
+    lm.save(tmp_path / "checkpoint")
+    lm = oracle.LanguageModel.from_pretrained(tmp_path / "checkpoint", max_tokens=64)
+    encoder = ModelState(model=lm, targets={"math": WORDS[0], "cooking": WORDS[1]})
+    predictor = surrogate.InfluencePredictor([encoder], "ridge", num_folds=2).fit(texts, labels)
+    predictor.save(tmp_path / "predictor")
+    loaded = surrogate.InfluencePredictor.load(tmp_path / "predictor")
+    np.testing.assert_allclose(loaded.predict(texts), predictor.predict(texts), rtol=1e-4, atol=1e-5)
+    given = surrogate.InfluencePredictor.load(tmp_path / "predictor", lm=lm)
+    np.testing.assert_array_equal(given.predict(texts), predictor.predict(texts))
+    other = oracle.LanguageModel(make_module("llama", vocab_size=300, rms_norm_eps=1e-3).train(), lm.tokenizer, max_tokens=64)
+    other.module.get_output_embeddings().weight.data.add_(0.1)
+    with pytest.raises(MismatchError, match="fingerprint"):
+        surrogate.InfluencePredictor.load(tmp_path / "predictor", lm=other)
+
+
+def test_what_cannot_be_used_is_refused(fitted, tmp_path):
+    with pytest.raises(InputError, match="did you mean 'hashed_ngrams'"):
+        surrogate.InfluencePredictor("hashed_ngram")
+    with pytest.raises(InputError, match="did you mean 'trees'"):
+        surrogate.InfluencePredictor("text_stats", "tree")
+    with pytest.raises(InputTypeError, match="encoder"):
+        surrogate.InfluencePredictor([])
+    with pytest.raises(InputError, match="not been fitted"):
+        surrogate.InfluencePredictor("text_stats").predict(["a text"])
+    with pytest.raises(InputError, match="not been fitted"):
+        surrogate.InfluencePredictor("text_stats").save(tmp_path / "x")
+    with pytest.raises(MissingFileError, match="no predictor"):
+        surrogate.InfluencePredictor.load(tmp_path)
+    predictor, texts, labels = fitted
+    with pytest.raises(InputError, match="one source per text"):
+        surrogate.InfluencePredictor("text_stats", "ridge").fit(texts, labels, sources=["a"])
