@@ -23,6 +23,7 @@ from typing import Any
 
 from oracle.errors import InputError, MismatchError, MissingFileError, StorageError
 
+FULL_DISK_BYTES = 2**20
 FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -34,17 +35,33 @@ def fingerprint(value: object) -> str:
 
 @contextmanager
 def storing(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into a three-part `StorageError` that names `path`."""
+    """Turn a full or read-only disk into a three-part `StorageError` that names `path`.
+
+    safetensors reports a full disk without an error number; then the free space decides.
+    """
+    from safetensors import SafetensorError
+
     try:
         yield
-    except OSError as error:
-        if error.errno not in FULL_DISK_ERRNOS:
-            raise
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise StorageError(
             f"cannot write {path}: {error.strerror}.",
+            "a folder that may be written",
+            "name another folder, or remove the file that is in the way.",
+        ) from error
+    except (OSError, SafetensorError) as error:
+        is_full = shutil.disk_usage(_existing_parent(path)).free < FULL_DISK_BYTES
+        if getattr(error, "errno", None) not in FULL_DISK_ERRNOS and not (isinstance(error, SafetensorError) and is_full):
+            raise
+        raise StorageError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}.",
             "a disk with free space that may be written",
             "free some space and run the same command again; it continues after the last finished part.",
         ) from error
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in [path, *path.absolute().parents] if parent.exists())
 
 
 @contextmanager

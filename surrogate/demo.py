@@ -118,11 +118,7 @@ def run_demo(folder: Path, *, size: str = "full", seed: int = 0) -> dict[str, An
         for name, text_ids in (("random", None), ("selected", selection.text_ids))
     }
     summary = _summary(run, labels, steps=steps, fidelity=fidelity, curves=curves, demo=demo)
-    summary["agreement_with_one_step"] = {
-        "spearman": step_agreement.spearman,
-        "top_overlap": step_agreement.top_overlap,
-        "num_texts": step_agreement.num_texts,
-    }
+    summary["agreement_with_one_step"] = step_agreement.spearman
     _plot(run, labels, curves)
     write_json(folder / "report.json", summary)
     _say(_comparison(summary))
@@ -269,10 +265,7 @@ def _summary(
         "surrogate_used": run.predictor().surrogate_name,
         "target_loss": {"before": random[0], "random": random[-1], "selected": selected[-1]},
         "training_tokens": curves["random"].tokens[-1],
-        "tokens_to_random": {
-            "random": curves["random"].tokens_to_reach(TARGET, random[-1]),
-            "selected": curves["selected"].tokens_to_reach(TARGET, random[-1]),
-        },
+        "tokens_to_random": curves["selected"].tokens_to_reach(TARGET, random[-1]),
         "cost": {
             "stages": costs,
             "selection_seconds": round(spent["seconds"], 1),
@@ -287,18 +280,14 @@ def _summary(
 
 
 def _comparison(summary: dict[str, Any]) -> str:
-    loss, tokens = summary["target_loss"], summary["tokens_to_random"]
-    reached = (
-        "not reached"
-        if tokens["selected"] is None
-        else f"{tokens['selected']:,.0f} ({tokens['selected'] / tokens['random']:.0%})"
-    )
+    loss, needed, given = summary["target_loss"], summary["tokens_to_random"], summary["training_tokens"]
+    reached = "not reached" if needed is None else f"{needed:,.0f} ({needed / given:.0%})"
     cost = summary["cost"]
     return "\n".join(
         [
             f"{'target loss (nats per token)':34}{'before':>10}{'random':>10}{'selected':>10}",
             f"{'':34}{loss['before']:>10.3f}{loss['random']:>10.3f}{loss['selected']:>10.3f}",
-            f"tokens to reach random's final loss: random {tokens['random']:,.0f}, selected {reached}",
+            f"tokens to reach random's final loss: random {given:,}, selected {reached}",
             f"cost of labels, features, fitting and scoring: {cost['selection_seconds']:.0f} s, "
             f"{cost['selection_flops']:.2e} FLOPs, "
             f"{cost['selection_share_of_training_flops']:.0%} of the FLOPs of one of the two training runs; "
