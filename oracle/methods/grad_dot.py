@@ -19,7 +19,8 @@ from torch import Tensor
 
 from oracle.encoding import Batch, EncodedText
 from oracle.errors import InputError, check_at_least, check_choice
-from oracle.gradients.products import GradientProducts, PerTextProducts, UncoveredModuleError, check_sum
+from oracle.gradients.module_rules import UncoveredModuleError
+from oracle.gradients.products import GradientProducts, PerTextProducts, check_sum
 from oracle.language_model import LanguageModel
 from oracle.methods import Measured
 from oracle.plugins import option

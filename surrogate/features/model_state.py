@@ -25,7 +25,8 @@ from torch import Tensor
 from oracle.artifacts import fingerprint, read_json, write_json
 from oracle.encoding import IGNORED, Batch
 from oracle.errors import InputError, InputTypeError
-from oracle.gradients.products import GRADIENT_BLOCK_BYTES, dot_in_blocks
+from oracle.gradients.module_rules import GRADIENT_BLOCK_BYTES
+from oracle.gradients.products import dot_in_blocks
 from oracle.language_model import LanguageModel
 from oracle.methods.grad_dot import adam_moments
 from oracle.plugins import option, options_of
@@ -82,7 +83,9 @@ class ModelState:
 
     def saved_options(self) -> dict[str, Any]:
         """Options as JSON; the model by the path it was loaded from, the target sets in `save_state`."""
-        path = self.model if isinstance(self.model, str) else getattr(getattr(self.lm.module, "config", None), "_name_or_path", "")
+        path = (
+            self.model if isinstance(self.model, str) else getattr(getattr(self.lm.module, "config", None), "_name_or_path", "")
+        )
         return {**options_of(self), "model": path, "targets": None, "max_target_texts": None, "max_tokens": self.lm.max_tokens}
 
     def save_state(self, folder: Path) -> None:
@@ -101,8 +104,11 @@ class ModelState:
         max_tokens = options.pop("max_tokens")
         path = options.pop("model")
         if lm is None and not path:
-            raise InputError("the predictor has model_state features of a model that was not loaded from a folder.", "lm=...",
-                             "pass the language model: InfluencePredictor.load(folder, lm=lm).")
+            raise InputError(
+                "the predictor has model_state features of a model that was not loaded from a folder.",
+                "lm=...",
+                "pass the language model: InfluencePredictor.load(folder, lm=lm).",
+            )
         model = lm or LanguageModel.from_pretrained(path, max_tokens=max_tokens)
         names = read_json(folder / "targets.json")
         targets = {name: str(folder / f"target-{number}.parquet") for number, name in enumerate(names)} or None

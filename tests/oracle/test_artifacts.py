@@ -81,7 +81,9 @@ def test_a_disk_that_fills_while_labelling_keeps_the_finished_blocks(make_module
 def test_a_disk_that_is_really_full_is_said_so_for_json_and_for_safetensors(make_module, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, check=False
+    ).returncode:
         pytest.skip("this machine does not let us mount a small disk")
     try:
         with pytest.raises(StorageError):

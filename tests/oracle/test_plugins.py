@@ -35,7 +35,12 @@ def test_the_description_has_summary_paper_cost_and_limit():
 
 
 def test_errors_have_three_parts_and_fit_the_builtin_classes():
-    for kind, builtin in ((InputError, ValueError), (InputTypeError, TypeError), (MissingFileError, FileNotFoundError), (StorageError, OSError)):
+    for kind, builtin in (
+        (InputError, ValueError),
+        (InputTypeError, TypeError),
+        (MissingFileError, FileNotFoundError),
+        (StorageError, OSError),
+    ):
         error = kind("this.", "that", "do so")
         assert isinstance(error, builtin) and str(error) == "this.\n  accepted: that\n  to do: do so"
     with pytest.raises(InputError, match="did you mean 'top'"):

@@ -13,9 +13,27 @@ from pathlib import Path
 import pytest
 
 COMMAND = [sys.executable, "-m", "surrogate", "demo"]
-SAME_BYTES = ("pool.parquet", "checkpoint/model.safetensors", "checkpoint/optimizer.safetensors", "labels/labels.parquet",
-              "one_step_labels/labels.parquet", "selection/selection.jsonl", "training/random.json", "training/selected.json")
-PROMISED = {"pool", "labelled", "fidelity", "noise_ceiling", "agreement_with_one_step", "target_loss", "tokens_to_random", "cost", "run_folder"}
+SAME_BYTES = (
+    "pool.parquet",
+    "checkpoint/model.safetensors",
+    "checkpoint/optimizer.safetensors",
+    "labels/labels.parquet",
+    "one_step_labels/labels.parquet",
+    "selection/selection.jsonl",
+    "training/random.json",
+    "training/selected.json",
+)
+PROMISED = {
+    "pool",
+    "labelled",
+    "fidelity",
+    "noise_ceiling",
+    "agreement_with_one_step",
+    "target_loss",
+    "tokens_to_random",
+    "cost",
+    "run_folder",
+}
 
 
 def _run(folder: Path) -> dict:
@@ -76,7 +94,11 @@ def test_killed_three_times_and_run_again_it_ends_with_the_same_bytes(whole, tmp
 @pytest.mark.slow
 def test_a_finished_demo_is_not_done_again(whole):
     folder, report = whole
-    begin = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix in (".parquet", ".safetensors")}
+    begin = {
+        path: path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix in (".parquet", ".safetensors")
+    }
     again = _run(folder)
     assert again["target_loss"] == report["target_loss"]
     assert again["cost"]["stages"] == report["cost"]["stages"]

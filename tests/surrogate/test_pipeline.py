@@ -29,12 +29,20 @@ def world(tmp_path_factory):
     tokenizer = train_tokenizer(corpus.pool["text"], vocabulary_size=320)
     module = build_model("llama", vocabulary_size=320, width=16, num_layers=1, num_heads=2, context=128)
     oracle.LanguageModel(module, tokenizer, max_tokens=128).save(folder / "model")
-    return {"folder": folder, "pool": str(pool), "target": str(folder / "target.jsonl"), "model": str(folder / "model"), "name": name}
+    return {
+        "folder": folder,
+        "pool": str(pool),
+        "target": str(folder / "target.jsonl"),
+        "model": str(folder / "model"),
+        "name": name,
+    }
 
 
 def command(*arguments, ok=0):
     """Run the command line in this interpreter's environment; return the JSON of its last stdout line."""
-    answer = subprocess.run([sys.executable, "-m", "surrogate", *map(str, arguments)], capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        [sys.executable, "-m", "surrogate", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
     assert answer.returncode == ok, answer.stderr[-3000:]
     return json.loads(answer.stdout.strip().splitlines()[-1]) if answer.stdout.strip() else answer.stderr
 
@@ -42,8 +50,20 @@ def command(*arguments, ok=0):
 @pytest.mark.slow
 def test_the_commands_lead_from_a_pool_to_a_selection(world, tmp_path):
     run = tmp_path / "run"
-    labelled = command("label", run, "--pool", world["pool"], "--target", f"skill={world['target']}", "--model", world["model"],
-                       "--sample-size", 60, "--max-tokens", 128)
+    labelled = command(
+        "label",
+        run,
+        "--pool",
+        world["pool"],
+        "--target",
+        f"skill={world['target']}",
+        "--model",
+        world["model"],
+        "--sample-size",
+        60,
+        "--max-tokens",
+        128,
+    )
     assert labelled["labelled"] == 60 and labelled["pool"] == 240 and set(labelled["noise_ceiling"]) == {"skill"}
     assert command("embed", run)["num_texts"] == 240
     fitted = command("fit", run, "--surrogate", "ridge")
@@ -55,7 +75,9 @@ def test_the_commands_lead_from_a_pool_to_a_selection(world, tmp_path):
     assert list(kept["text_id"]) == surrogate.Selection.load(run / "selection").text_ids
     tokens = command("select", run, "--tokens", 500, "--rule", "softmax", "--option", "temperature=0.5", "--allow-low-fidelity")
     assert tokens["num_tokens"] <= 500
-    again = command("label", run, "--target", f"skill={world['target']}", "--model", world["model"], "--sample-size", 60, "--max-tokens", 128)
+    again = command(
+        "label", run, "--target", f"skill={world['target']}", "--model", world["model"], "--sample-size", 60, "--max-tokens", 128
+    )
     assert again["labels"] == labelled["labels"]
 
 
@@ -136,6 +158,10 @@ def test_model_state_by_name_gets_the_runs_own_model_and_targets(world, tmp_path
 def test_options_on_the_command_line():
     assert parse_plugin("hashed_ngrams:dim=64,word_ngrams=1-2") == ("hashed_ngrams", {"dim": 64, "word_ngrams": "1-2"})
     assert parse_plugin("trees") == ("trees", {})
-    assert parse_options(["max_grad_norm=1.0", "similarity=cosine", "per_text=true"]) == {"max_grad_norm": 1.0, "similarity": "cosine", "per_text": True}
+    assert parse_options(["max_grad_norm=1.0", "similarity=cosine", "per_text=true"]) == {
+        "max_grad_norm": 1.0,
+        "similarity": "cosine",
+        "per_text": True,
+    }
     with pytest.raises(InputError, match="option=value"):
         parse_options(["temperature"])

@@ -58,7 +58,10 @@ def test_a_predictor_of_noise_says_that_it_is_at_chance():
     scores = predictor.predict(texts)
     with pytest.raises(InputError, match="not above chance"):
         surrogate.select(scores, budget=surrogate.Budget(fraction=0.2), fidelity=predictor.fidelity_)
-    assert len(surrogate.select(scores, budget=surrogate.Budget(texts=10), fidelity=predictor.fidelity_, allow_low_fidelity=True)) == 10
+    assert (
+        len(surrogate.select(scores, budget=surrogate.Budget(texts=10), fidelity=predictor.fidelity_, allow_low_fidelity=True))
+        == 10
+    )
 
 
 @pytest.mark.parametrize("name", ["ridge", "trees", "network"])

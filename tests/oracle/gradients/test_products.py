@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from oracle.gradients.products import GradientProducts, PerTextProducts, UncoveredModuleError, check_sum, dot_in_blocks
+from oracle.gradients.module_rules import UncoveredModuleError
+from oracle.gradients.products import GradientProducts, PerTextProducts, check_sum, dot_in_blocks
 from oracle.language_model import LanguageModel
 
 ARCHITECTURES = [

@@ -10,7 +10,14 @@ import oracle
 from oracle.errors import InputError, NotFiniteError
 from surrogate.training.loop import TrainingCurve, TrainingPlan, pack, train
 
-PLAN = {"num_tokens": 12 * 2 * 16, "row_tokens": 16, "rows_per_step": 2, "warmup_steps": 3, "evaluate_every": 4, "checkpoint_every": 5}
+PLAN = {
+    "num_tokens": 12 * 2 * 16,
+    "row_tokens": 16,
+    "rows_per_step": 2,
+    "warmup_steps": 3,
+    "evaluate_every": 4,
+    "checkpoint_every": 5,
+}
 
 
 def _lm(make_module):
