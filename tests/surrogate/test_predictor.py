@@ -141,6 +141,6 @@ def test_what_cannot_be_used_is_refused(fitted, tmp_path):
         surrogate.InfluencePredictor("text_stats").save(tmp_path / "x")
     with pytest.raises(MissingFileError, match="no predictor"):
         surrogate.InfluencePredictor.load(tmp_path)
-    predictor, texts, labels = fitted
+    _, texts, labels = fitted
     with pytest.raises(InputError, match="one source per text"):
         surrogate.InfluencePredictor("text_stats", "ridge").fit(texts, labels, sources=["a"])
