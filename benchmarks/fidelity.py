@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--holdout", type=float, default=0.2, help="share of the labelled texts that is held out")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--proxy-width", type=int, default=40, help="with a third of the layers, an eighth of the parameters")
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--warmup-tokens", type=int, default=1_000_000)
@@ -53,7 +54,12 @@ def main() -> None:
     }
     lm = warmed_up(run.folder / "model", pool, architecture="neox", width=options.width, num_layers=options.layers, **shape)
     proxy = warmed_up(
-        run.folder / "proxy", pool, architecture="neox", width=options.width // 4, num_layers=max(options.layers // 3, 1), **shape
+        run.folder / "proxy",
+        pool,
+        architecture="neox",
+        width=options.proxy_width,
+        num_layers=max(options.layers // 3, 1),
+        **shape,
     )
     sample = run.sample(min(options.labels, len(pool)), seed=options.seed)
     labels = label(

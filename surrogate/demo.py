@@ -184,7 +184,6 @@ def _label(run: Run, lm: LanguageModel, targets: Mapping[str, str], *, demo: Dem
         sample_size=demo.sample_size,
         method="grad_dot",
         model_path=str(run.folder / "checkpoint"),
-        target_paths=targets,
         **options,
     )
     steps = run.label(

@@ -106,11 +106,13 @@ class Fidelity:
         return cls(surrogate_name=values["surrogate_name"], noise_ceiling=dict(values["noise_ceiling"]), **rows)
 
     def table(self) -> str:
-        """Return an aligned plain-text table, three rows per target."""
+        """Return an aligned plain-text table: per target the surrogate, ridge and the constant."""
         share = f"top-{100 * self.surrogate[0].top_fraction:g} % recall" if self.surrogate else "top recall"
         lines = [["target", "surrogate", "spearman", "within source", "r2", share, "mean label of selected", "noise ceiling"]]
         for rows in zip(self.surrogate, self.ridge, self.constant, strict=True):
             for name, row in zip((self.surrogate_name, "ridge", "constant"), rows, strict=True):
+                if name == "ridge" and row is not rows[0] and self.surrogate_name == "ridge":
+                    continue  # it stands there already
                 lines.append(
                     [
                         row.target,

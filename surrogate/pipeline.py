@@ -4,7 +4,7 @@ Every stage writes its result atomically beside what it was made from, can be ru
 nothing if its result is there already; killed in the middle it continues. What each stage cost is kept in
 `cost.json`.
 
-    run.json  pool.parquet  labels/  features/  predictors/<surrogate>/  scores/<surrogate>.parquet  selection/
+    run.json  pool.parquet  targets/  labels/  features/  predictors/<surrogate>/  scores/<surrogate>.parquet  selection/
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from oracle import plugins
 from oracle.artifacts import fingerprint, provenance, read_json, require_same, timed, write_json
 from oracle.errors import InputError, MissingFileError, check_at_least
 from oracle.labels import Labels
+from oracle.targets import read_targets
 from oracle.texts import list_text_ids, read_report, read_texts, text_format, write_texts
 from surrogate.predictor import ENCODERS, InfluencePredictor
 from surrogate.scores import Scores
@@ -114,7 +115,6 @@ class Run:
         method: str = "grad_dot",
         seed: int = 0,
         model_path: str | None = None,
-        target_paths: Mapping[str, str] | None = None,
         name: str = "labels",
         **options: Any,
     ) -> Labels:
@@ -126,9 +126,8 @@ class Run:
             sample_size: How many texts get a label.
             method: The oracle method.
             seed: Decides the sample.
-            model_path: Remembered for later stages (`model_state` features, token counts).
-            target_paths: Remembered for later stages.
-            name: Folder of the labels inside the run.
+            model_path: Where the model came from, for later stages that need it (`model_state` features, token counts).
+            name: Folder of the labels inside the run. Only for `labels` are target sets and model remembered.
             **options: Passed to `oracle.label`.
         """
         from oracle.measure import label
@@ -142,9 +141,16 @@ class Run:
             flops=cost["label_flops"] + cost["prepare_flops"],
             num_texts=len(labels),
         )
-        if name == "labels" and (model_path or target_paths):
-            self._remember(model=model_path, max_tokens=lm.max_tokens, targets=dict(target_paths or {}))
+        if name == "labels":
+            measured_on = read_targets(targets, max_texts=options.get("max_target_texts"), seed=seed)
+            for target in measured_on:
+                write_texts(target.texts, self._target_path(target.name))
+            where = str(Path(model_path).resolve()) if model_path and Path(model_path).is_dir() else model_path
+            self._remember(model=where, max_tokens=lm.max_tokens, targets=[target.name for target in measured_on])
         return labels
+
+    def _target_path(self, name: str) -> Path:
+        return self.folder / "targets" / f"{name}.parquet"
 
     def labels(self, name: str = "labels") -> Labels:
         """Return the labels of the run."""
@@ -159,7 +165,7 @@ class Run:
                 continue
             name, options = parse_plugin(given)
             if name == "model_state" and "model" not in options:
-                options = {"model": lm or self._language_model(), "targets": self.settings().get("targets"), **options}
+                options = {"model": lm or self._language_model(), "targets": self._targets(), **options}
             made.append(plugins.create(ENCODERS, name, options))
         return made
 
@@ -321,6 +327,10 @@ class Run:
             return [len(ids) for ids in pool["input_ids"]]
         lm = lm or self._language_model()
         return None if lm is None else [len(text.input_ids) for text in lm.encode(pool)]
+
+    def _targets(self) -> dict[str, str] | None:
+        """The target texts that the labels were measured on, as kept in the run."""
+        return {name: str(self._target_path(name)) for name in self.settings().get("targets", [])} or None
 
     def _language_model(self) -> LanguageModel | None:
         """Load the model that the labels were made with, if it came from a folder or the hub."""

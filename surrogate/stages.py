@@ -45,7 +45,6 @@ def label_stage(
         method=method,
         seed=seed,
         model_path=model,
-        target_paths=paths,
         **parse_options(options),
     )
     return {"run_folder": str(folder), **pool_summary, **describe_labels(labels)}

@@ -150,7 +150,7 @@ def test_model_state_by_name_gets_the_runs_own_model_and_targets(world, tmp_path
     run = Run(tmp_path)
     run.set_pool(world["pool"])
     lm = oracle.LanguageModel.from_pretrained(world["model"], max_tokens=128)
-    run.label(lm, {"skill": world["target"]}, sample_size=40, model_path=world["model"], target_paths={"skill": world["target"]})
+    run.label(lm, {"skill": world["target"]}, sample_size=40, model_path=world["model"])
     predictor = run.fit(["text_stats", "model_state:states=false"], "ridge")
     assert predictor.encoders[1].feature_names()[-1] == "last_layer.skill"
 

@@ -1,0 +1,41 @@
+"""The same numbers on a GPU; skipped where there is none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import oracle
+from surrogate.features.model_state import ModelState
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "neox", "llama"])
+def test_labels_and_features_on_a_gpu_equal_those_on_the_cpu(kind, make_module, make_token_texts, make_adamw):
+    sample, targets = make_token_texts(9, seed=1), {"a": make_token_texts(4, seed=2), "b": make_token_texts(3, seed=3)}
+    found = {}
+    for device in ("cpu", "cuda"):
+        module = make_module(kind)
+        optimizer = make_adamw(module, make_token_texts(4, seed=0))
+        module.to(device)
+        for slots in optimizer.state.values():
+            for slot in ("exp_avg", "exp_avg_sq"):
+                slots[slot] = slots[slot].to(device)
+        lm = oracle.LanguageModel(module, optimizer=optimizer, max_tokens=64)
+        assert lm.device.type == device
+        before = lm.fingerprint(optimizer=True)
+        for method in oracle.method_names():
+            found[device, method] = oracle.label(lm, sample, targets, method=method).values
+        found[device, "features"] = ModelState(model=lm, targets=targets).encode(oracle.read_texts(sample))
+        assert lm.fingerprint(optimizer=True) == before
+    for name in (*oracle.method_names(), "features"):
+        a, b = found["cpu", name], found["cuda", name]
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3 * np.abs(a).max(), err_msg=name)
+
+
+def test_a_model_without_optimizer_goes_to_the_gpu_by_itself(make_module, make_token_texts):
+    lm = oracle.LanguageModel(make_module("llama"), max_tokens=64)
+    assert lm.device.type == "cuda"
+    assert np.isfinite(lm.losses(make_token_texts(3, seed=1))).all()
