@@ -150,11 +150,12 @@ class _Store:
         return {text_id for block in self.blocks for text_id in block.text_ids}
 
     def is_complete(self, text_ids: Sequence[str]) -> bool:
-        """Whether `labels.parquet` holds exactly these texts."""
+        """Whether `labels.parquet` holds all of these texts."""
         is_file = self.folder is not None and (self.folder / "labels.parquet").exists()
-        return is_file and set(self.blocks[0].text_ids) == set(text_ids)
+        return is_file and set(self.blocks[0].text_ids) >= set(text_ids)
 
     def finished(self, text_ids: Sequence[str]) -> Labels:
+        """Read labels from `labels.parquet`."""
         return self.blocks[0].take(list(text_ids))
 
     def add(self, block: Labels, *, seconds: float) -> None:
@@ -173,18 +174,22 @@ class _Store:
                 pq.write_table(to_table(block), partial)
 
     def finish(self, text_ids: Sequence[str], *, units: str, meta: dict[str, Any]) -> Labels:
-        """Join the blocks in the order of the sample, write the result, drop the block files."""
+        """Join the blocks, write the result, drop the block files; return the labels of the sample, in its order.
+
+        Labels of texts outside the sample, measured earlier into the same folder, stay in the file behind those of the sample.
+        """
         values = np.concatenate([block.values for block in self.blocks])
         halves = np.concatenate([block.halves for block in self.blocks], axis=1)
         names = sorted({name for block in self.blocks for name in block.columns})
         columns = {name: np.concatenate([block.columns[name] for block in self.blocks]) for name in names}
         ids = [text_id for block in self.blocks for text_id in block.text_ids]
-        labels = Labels(values, ids, self.target_names, units, halves, columns, meta).take(list(text_ids))
+        others = sorted(set(ids) - set(text_ids))
+        everything = Labels(values, ids, self.target_names, units, halves, columns, meta).take([*text_ids, *others])
         if self.folder is not None:
-            labels.save(self.folder)
+            everything.save(self.folder)
             with storing(self.folder / "blocks"):
                 shutil.rmtree(self.folder / "blocks", ignore_errors=True)
-        return labels
+        return everything.take(list(text_ids))
 
 
 def _measure_blocks(method: Any, encoded: list[EncodedText], store: _Store, *, block_size: int) -> int:

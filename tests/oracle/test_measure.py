@@ -118,6 +118,17 @@ def test_a_larger_sample_measures_only_the_new_texts(lm, targets, make_token_tex
     assert len(grown) == 8 and grown.meta["cost"]["num_measured_now"] == 3
 
 
+def test_labels_measured_earlier_are_never_dropped_by_another_sample(lm, targets, make_token_texts, tmp_path, monkeypatch):
+    sample = make_token_texts(9, seed=1)
+    first = oracle.label(lm, sample[:6], targets, method="grad_dot", workdir=tmp_path)
+    other = oracle.label(lm, sample[4:], targets, method="grad_dot", workdir=tmp_path)
+    assert other.text_ids == [text.text_id for text in lm.encode(sample[4:])]
+    assert len(oracle.Labels.load(tmp_path)) == 9
+    monkeypatch.setattr(plugins.load("oracle.methods", "grad_dot"), "prepare", None)  # a part of what is stored needs no model
+    again = oracle.label(lm, sample[:6], targets, method="grad_dot", workdir=tmp_path)
+    np.testing.assert_array_equal(again.values, first.values)
+
+
 def test_labels_of_another_checkpoint_target_or_option_are_refused_with_the_difference(lm, targets, make_token_texts, tmp_path):
     sample = make_token_texts(4, seed=1)
     oracle.label(lm, sample, targets, method="grad_dot", workdir=tmp_path)
