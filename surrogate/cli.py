@@ -45,9 +45,7 @@ def label(
     text_column: TextColumn = "text",
     method: Annotated[str, typer.Option(help="Oracle method; see `surrogate methods`.")] = "grad_dot",
     sample_size: Annotated[int, typer.Option(help="How many pool texts get a label.")] = 1000,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Longer texts are cut; 512 or the model's context by default.")
-    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longer texts are cut; 512 or the model's context by default.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     option: Annotated[list[str] | None, typer.Option("--option", help="option=value of the method (repeatable).")] = None,
     seed: SeedOption = 0,

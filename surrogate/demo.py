@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from oracle.target_columns import prepare_targets
 from oracle.targets import read_targets, split_halves
 from oracle.texts import write_texts
 from surrogate import corpora
+from surrogate.fidelity import fidelity_table
 from surrogate.pipeline import Run
 from surrogate.plots import plot_curves, plot_fidelity
 from surrogate.selection import Budget, Selection
@@ -198,20 +199,12 @@ def _label(run: Run, lm: LanguageModel, targets: Mapping[str, str], *, demo: Dem
 
 
 def _fit(run: Run, lm: LanguageModel) -> dict[str, Any]:
-    result = {}
-    for name in SURROGATES:
-        predictor = run.fit(surrogate=name, lm=lm)
-        row = predictor.fidelity_.surrogate[0]
-        result[name] = {
-            "spearman": row.spearman,
-            "spearman_interval": list(row.spearman_interval),
-            "spearman_within_source": row.spearman_within_source,
-            "r2": row.r2,
-            "top_recall": row.top_recall,
-            "mean_label_selected": row.mean_label_selected,
-        }
-        _say(predictor.fidelity_.table() if name == SURROGATES[-1] else "\n".join(predictor.fidelity_.table().splitlines()[:2]))
-    return result
+    fidelities = {name: run.fit(surrogate=name, lm=lm).fidelity_ for name in SURROGATES}
+    last = fidelities[SURROGATES[-1]]
+    rows = [(name, fidelity.surrogate[0]) for name, fidelity in fidelities.items()]
+    _say(fidelity_table([*rows, ("constant", last.constant[0])], last.noise_ceiling))
+    kept = ("spearman", "spearman_interval", "spearman_within_source", "r2", "top_recall", "mean_label_selected")
+    return {name: {key: value for key, value in asdict(row).items() if key in kept} for name, row in rows}
 
 
 def _train(

@@ -107,32 +107,32 @@ class Fidelity:
 
     def table(self) -> str:
         """Return an aligned plain-text table: per target the surrogate, ridge and the constant."""
-        share = f"top-{100 * self.surrogate[0].top_fraction:g} % recall" if self.surrogate else "top recall"
-        lines = [["target", "surrogate", "spearman", "within source", "r2", share, "mean label of selected", "noise ceiling"]]
-        for rows in zip(self.surrogate, self.ridge, self.constant, strict=True):
-            for name, row in zip((self.surrogate_name, "ridge", "constant"), rows, strict=True):
-                if name == "ridge" and row is not rows[0] and self.surrogate_name == "ridge":
-                    continue  # it stands there already
-                lines.append(
-                    [
-                        row.target,
-                        name,
-                        _cell(row.spearman),
-                        _cell(row.spearman_within_source),
-                        _cell(row.r2),
-                        _cell(row.top_recall),
-                        f"{row.mean_label_selected:.3g}",
-                        _cell(self.noise_ceiling.get(row.target)),
-                    ]
-                )
-        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if column < 2 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+        named = [(self.surrogate_name, self.surrogate), ("ridge", self.ridge), ("constant", self.constant)]
+        if self.surrogate_name == "ridge":
+            del named[1]
+        rows = [
+            (name, row)
+            for target in zip(*(rows for _, rows in named), strict=True)
+            for (name, _), row in zip(named, target, strict=True)
+        ]
+        return fidelity_table(rows, self.noise_ceiling)
+
+
+def fidelity_table(rows: Sequence[tuple[str, TargetFidelity]], noise_ceiling: Mapping[str, float | None]) -> str:
+    """Return an aligned plain-text table of named rows, with each target's noise ceiling in the last column."""
+    share = f"top-{100 * rows[0][1].top_fraction:g} % recall" if rows else "top recall"
+    lines = [["target", "surrogate", "spearman", "within source", "r2", share, "mean label of selected", "noise ceiling"]]
+    for name, row in rows:
+        figures = [_cell(value) for value in (row.spearman, row.spearman_within_source, row.r2, row.top_recall)]
+        lines.append([row.target, name, *figures, f"{row.mean_label_selected:.3g}", _cell(noise_ceiling.get(row.target))])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
 
 
 def measure_fidelity(
