@@ -12,14 +12,14 @@ random's last loss is reached (`--to-the-end` goes on).
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from setting import arguments, load_pool, report, start, warmed_up
+from setting import arguments, claim, load_pool, report, start, warmed_up
 
 from oracle.artifacts import read_json, write_json
+from oracle.labels import Labels
 from oracle.language_model import LanguageModel
 from oracle.measure import label
 from oracle.target_columns import prepare_targets
@@ -118,6 +118,8 @@ def main() -> None:
 def _one_seed(options: Any, pool: Any, targets: dict[str, Any], *, seed: int) -> dict[str, Any]:
     run = Run(options.workdir / f"gain-{seed}")
     run.set_pool(pool)
+    ignored = ("workdir", "threads", "seeds", "pool")
+    claim(run.folder / "options.json", {name: value for name, value in vars(options).items() if name not in ignored})
     lm = warmed_up(
         run.folder / "model",
         pool,
@@ -157,17 +159,8 @@ def _one_seed(options: Any, pool: Any, targets: dict[str, Any], *, seed: int) ->
             seed=seed,
         )
         curves[name] = _train(run, lm, name, selection.text_ids, judging=judging, options=options, seed=seed, goal=goals[name])
-    cost = labels.meta["cost"]
-    training_flops = 3 * lm.forward_flops_per_token * options.training_tokens
-    features = run.costs()["features"]
-    selecting = {
-        "flops": cost["label_flops"] + cost["prepare_flops"] + features["flops"],
-        "seconds": cost["prepare_seconds"]
-        + cost["label_seconds"]
-        + features["seconds"]
-        + run.costs()[f"fit {options.surrogate}"]["seconds"]
-        + run.costs()["score"]["seconds"],
-    }
+    selecting = _cost_of_selecting(run, labels, options)
+    training_flops = 3 * lm.forward_flops_per_token * curves["random"]["curve"].tokens[-1]
     flops_share = selecting["flops"] / training_flops
     found = {}
     for name in targets:
@@ -188,6 +181,16 @@ def _one_seed(options: Any, pool: Any, targets: dict[str, Any], *, seed: int) ->
         "selection_flops_share": flops_share,
         "selection_seconds_share": selecting["seconds"] / curves["random"]["seconds"],
         "selecting": selecting,
+    }
+
+
+def _cost_of_selecting(run: Run, labels: Labels, options: Any) -> dict[str, float]:
+    """FLOPs and seconds of labels with their target gradients, features of the whole pool, fitting and scoring."""
+    cost, stages = labels.meta["cost"], run.costs()
+    rest = [stage for stage in stages if stage.startswith("features ") or stage in (f"fit {options.surrogate}", "score")]
+    return {
+        "flops": cost["label_flops"] + cost["prepare_flops"] + sum(stages[stage]["flops"] for stage in rest),
+        "seconds": cost["label_seconds"] + cost["prepare_seconds"] + sum(stages[stage]["seconds"] for stage in rest),
     }
 
 
@@ -217,7 +220,6 @@ def _train(
             seed=seed + 1,
             checkpoint_every=100,
         )
-        begin = time.perf_counter()
         curve = train(
             copy,
             run.pool() if text_ids is None else run.texts(text_ids),
@@ -227,9 +229,7 @@ def _train(
             stop=None if goal is None or options.to_the_end else lambda losses: losses[name] <= goal,
             evaluate=lambda model: dict(zip(columns.names, columns.combine(columns.losses(model)).tolist(), strict=True)),
         )
-        write_json(
-            path, {"steps": curve.steps, "tokens": curve.tokens, "losses": curve.losses, "seconds": time.perf_counter() - begin}
-        )
+        write_json(path, {"steps": curve.steps, "tokens": curve.tokens, "losses": curve.losses, "seconds": curve.seconds})
     stored = read_json(path)
     return {"curve": TrainingCurve(stored["steps"], stored["tokens"], stored["losses"]), "seconds": stored["seconds"]}
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 import oracle
-from oracle.artifacts import atomic_folder, provenance
+from oracle.artifacts import atomic_folder, fingerprint, provenance, read_json, require_same, write_json
 from oracle.language_model import LanguageModel
+from oracle.texts import list_text_ids
 from surrogate.training.loop import TrainingPlan, train
 from surrogate.training.small_models import build_model, train_tokenizer
 
@@ -50,6 +51,14 @@ def load_pool(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     return oracle.read_texts(list(options.pool), limit=options.limit), dict(parse_targets(options.target))
 
 
+def claim(path: Path, identity: dict[str, Any]) -> None:
+    """Keep what a folder's results were made with, and refuse to go on with them under other options."""
+    if path.exists():
+        require_same(read_json(path), identity, where=path.parent)
+    else:
+        write_json(path, identity)
+
+
 def warmed_up(
     folder: Path,
     texts: Any,
@@ -65,6 +74,14 @@ def warmed_up(
     rows_per_step: int = 16,
 ) -> LanguageModel:
     """Make a tokenizer and a model, train them on random texts, keep the checkpoint with its optimiser, or reuse it."""
+    claim(
+        folder.with_name(f"{folder.name}.json"),
+        {
+            "texts": fingerprint(sorted(list_text_ids(texts))),
+            "shape": [architecture, width, num_layers, vocabulary_size, max_tokens],
+            "training": [num_tokens, seed, learning_rate, rows_per_step],
+        },
+    )
     if not folder.exists():
         tokenizer_folder = folder.parent / f"tokenizer-{vocabulary_size}"
         if not tokenizer_folder.exists():

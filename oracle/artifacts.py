@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -26,6 +27,8 @@ from oracle.errors import InputError, MismatchError, MissingFileError, StorageEr
 FULL_DISK_BYTES = 2**20
 FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
+SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # how Rust's standard library ends the text of a system error
+
 
 def fingerprint(value: object) -> str:
     """Return 16 hex digits that identify a JSON-like value by content (key order does not matter)."""
@@ -37,7 +40,7 @@ def fingerprint(value: object) -> str:
 def storing(path: Path) -> Iterator[None]:
     """Turn a full or read-only disk into a three-part `StorageError` that names `path`.
 
-    safetensors reports a full disk without an error number; then the free space decides.
+    safetensors gives the system's error number only in its text, and for a full disk none; then the free space decides.
     """
     from safetensors import SafetensorError
 
@@ -50,14 +53,22 @@ def storing(path: Path) -> Iterator[None]:
             "name another folder, or remove the file that is in the way.",
         ) from error
     except (OSError, SafetensorError) as error:
+        number = _error_number(error)
         is_full = shutil.disk_usage(_existing_parent(path)).free < FULL_DISK_BYTES
-        if getattr(error, "errno", None) not in FULL_DISK_ERRNOS and not (isinstance(error, SafetensorError) and is_full):
+        if number not in FULL_DISK_ERRNOS and not (number is None and isinstance(error, SafetensorError) and is_full):
             raise
         raise StorageError(
             f"cannot write {path}: {getattr(error, 'strerror', None) or error}.",
             "a disk with free space that may be written",
             "free some space and run the same command again; it continues after the last finished part.",
         ) from error
+
+
+def _error_number(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = SYSTEM_ERROR.search(str(error))
+    return int(found[1]) if found else None
 
 
 def _existing_parent(path: Path) -> Path:

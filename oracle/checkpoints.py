@@ -8,7 +8,7 @@ state is keyed by position in two groups, with and without weight decay; it is r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,19 +85,46 @@ def _save_optimizer(folder: Path, module: nn.Module, optimizer: torch.optim.Opti
         for slot, value in slots.items():
             if value is not None:
                 tensors[f"{slot}::{names[parameter]}"] = torch.as_tensor(value).detach().cpu().contiguous().clone()
-    groups = [
-        {**{key: value for key, value in group.items() if key != "params"}, "params": [names[p] for p in group["params"]]}
+    save_file(tensors, folder / "optimizer.safetensors")
+    write_json(folder / "optimizer.json", {"class": type(optimizer).__name__, "groups": describe_groups(optimizer, names)})
+
+
+def describe_groups(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> list[dict[str, Any]]:
+    """Return the parameter groups as JSON-like values: parameters by name ("" for one without), tensors as numbers."""
+    return [
+        {key: [names.get(p, "") for p in value] if key == "params" else _plain(value) for key, value in group.items()}
         for group in optimizer.param_groups
     ]
-    save_file(tensors, folder / "optimizer.safetensors")
-    write_json(folder / "optimizer.json", {"class": type(optimizer).__name__, "groups": groups})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def place_state(optimizer: torch.optim.Optimizer) -> None:
+    """Move the state of every parameter to the parameter's device, where the next step expects it.
+
+    The count `step` and other scalars stay on the CPU, as torch keeps them, unless the optimiser is fused or capturable.
+    """
+    for group in optimizer.param_groups:
+        is_step_on_device = bool(group.get("fused") or group.get("capturable"))
+        for parameter in group["params"]:
+            slots = optimizer.state.get(parameter, {})
+            for slot, value in slots.items():
+                if not isinstance(value, Tensor):
+                    continue
+                is_moved = is_step_on_device if slot == "step" else value.dim() > 0 or value.shape == parameter.shape
+                if is_moved:
+                    slots[slot] = value.to(parameter.device)
 
 
 def load_optimizer(folder: Path, module: nn.Module) -> torch.optim.Optimizer | None:
     """Rebuild the optimiser saved in a checkpoint folder, with its state; None if the folder has none.
 
     Raises:
-        InputError: The optimiser's class is not one that can be rebuilt.
+        InputError: The optimiser's class is not one that can be rebuilt; `optimizer.pt` is not of Adam or AdamW.
         MismatchError: Its state does not fit the parameters of `module`.
     """
     if (folder / "optimizer.json").exists():
@@ -131,9 +158,8 @@ def _load_own(folder: Path, module: nn.Module) -> torch.optim.Optimizer:
     optimizer: torch.optim.Optimizer = OPTIMIZERS[name](groups, lr=lr)
     for key, tensor in load_file(folder / "optimizer.safetensors").items():
         slot, parameter_name = key.split("::", 1)
-        parameter = parameters[parameter_name]
-        is_slot_on_device = tensor.shape == parameter.shape
-        optimizer.state[parameter][slot] = tensor.to(parameter.device) if is_slot_on_device else tensor
+        optimizer.state[parameters[parameter_name]][slot] = tensor
+    place_state(optimizer)
     return optimizer
 
 
@@ -141,6 +167,7 @@ def _load_trainer_state(file: Path, module: nn.Module) -> torch.optim.Optimizer:
     from transformers.trainer_pt_utils import get_parameter_names
 
     stored = torch.load(file, map_location="cpu", weights_only=True)
+    _check_is_adam(file, stored)
     parameters = dict(module.named_parameters())
     order = [list(parameters.values())]
     if len(stored["param_groups"]) == 2:
@@ -149,7 +176,7 @@ def _load_trainer_state(file: Path, module: nn.Module) -> torch.optim.Optimizer:
     sizes, expected = [len(group["params"]) for group in stored["param_groups"]], [len(group) for group in order]
     flat = [parameter for group in order for parameter in group]
     fits = sizes == expected and all(
-        slots["exp_avg"].shape == flat[int(index)].shape for index, slots in stored["state"].items() if "exp_avg" in slots
+        slots["exp_avg"].shape == flat[int(index)].shape for index, slots in stored["state"].items() if slots
     )
     if not fits:
         raise MismatchError(
@@ -160,3 +187,15 @@ def _load_trainer_state(file: Path, module: nn.Module) -> torch.optim.Optimizer:
     optimizer = torch.optim.AdamW([{"params": group} for group in order if group], lr=1e-3)
     optimizer.load_state_dict({**stored, "param_groups": [group for group in stored["param_groups"] if group["params"]]})
     return optimizer
+
+
+def _check_is_adam(file: Path, stored: dict[str, Any]) -> None:
+    slots = sorted({slot for slots in stored["state"].values() for slot in slots})
+    has_moments = all({"step", "exp_avg", "exp_avg_sq"} <= set(slots) for slots in stored["state"].values() if slots)
+    if not has_moments or not all("betas" in group for group in stored["param_groups"]):
+        raise InputError(
+            f"{file} is not the state of Adam or AdamW: it keeps {slots or 'nothing'} for its parameters.",
+            "the Trainer's default optimiser, AdamW",
+            "load model and tokenizer with transformers, build the optimizer that trained them, and pass all three to "
+            "LanguageModel.",
+        )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +33,8 @@ class EncodedText:
     Attributes:
         text_id: Hash of the content.
         input_ids: L token ids.
-        labels: L token ids; `IGNORED` where the token is not predicted. The first one never is.
+        labels: L token ids; `IGNORED` where the token is not predicted. The first one has nothing before it to be
+            predicted from, so it counts only where texts are packed one after another.
         was_truncated: Whether tokens beyond the limit were cut off.
     """
 
@@ -43,7 +45,7 @@ class EncodedText:
 
     @property
     def num_targets(self) -> int:
-        """How many tokens are predicted."""
+        """How many tokens are predicted where the text stands alone."""
         return sum(label != IGNORED for label in self.labels[1:])
 
 
@@ -72,8 +74,8 @@ def encode_texts(texts: Dataset, tokenizer: Any, *, max_tokens: int, too_long: s
         too_long: "truncate" or "refuse".
 
     Raises:
-        InputError: No text_id column; no tokenizer or chat template where one is needed; a text is longer
-            than `max_tokens` and `too_long` is "refuse".
+        InputError: No text_id column; no tokenizer or chat template where one is needed; the template cannot
+            render a chat; a text is longer than `max_tokens` and `too_long` is "refuse".
     """
     check_text_ids(texts)
     kind = text_format(texts)
@@ -90,7 +92,10 @@ def encode_texts(texts: Dataset, tokenizer: Any, *, max_tokens: int, too_long: s
     elif kind == "completion":
         pairs = _encode_completions(texts, tokenizer)
     elif kind == "chat":
-        pairs = [_encode_chat(messages, tokenizer) for messages in texts["messages"]]
+        pairs = [
+            _encode_chat(messages, tokenizer, text_id=text_id)
+            for text_id, messages in zip(text_ids, texts["messages"], strict=True)
+        ]
     else:
         ids = [list(row) for row in texts["input_ids"]]
         labels = [list(row) for row in texts["labels"]] if "labels" in texts.column_names else ids
@@ -112,41 +117,110 @@ def encode_texts(texts: Dataset, tokenizer: Any, *, max_tokens: int, too_long: s
 def _encode_completions(texts: Dataset, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
     prompts = tokenizer(list(texts["prompt"]), verbose=False)["input_ids"]
     completions = tokenizer(list(texts["completion"]), add_special_tokens=False, verbose=False)["input_ids"]
+    if _appends_end(tokenizer):
+        prompts = [prompt[:-1] for prompt in prompts]
     return [
         (prompt + completion, [IGNORED] * len(prompt) + list(completion))
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
 
 
-def _encode_chat(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Render with the tokenizer's own template; the assistant's turns are what each of them adds to its prefix."""
+def _appends_end(tokenizer: Any) -> bool:
+    """Whether the tokenizer ends every text with its end-of-text token, which would part a prompt from its completion."""
+    end = getattr(tokenizer, "eos_token_id", None)
+    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    return end is not None and bool(bare) and bare[-1] != end and whole[-1] == end
+
+
+def _encode_chat(messages: Sequence[dict[str, str]], tokenizer: Any, *, text_id: str) -> tuple[list[int], list[int]]:
+    """Render with the tokenizer's own template, which brings its special tokens along, and find the assistant's tokens."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise InputError(
             "the texts are chats and the tokenizer has no chat template.",
             "a tokenizer with a chat_template",
             "set tokenizer.chat_template, or give the texts as prompt and completion.",
         )
+    rendered, spans = _render_chat(messages, tokenizer, text_id=text_id)
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids = list(encoded["input_ids"])
+        is_target = _overlaps(encoded["offset_mapping"], spans)
+    else:
+        ids = _bare_ids(rendered, tokenizer)
+        is_target = _covered_by_prefixes(ids, spans, rendered=rendered, tokenizer=tokenizer, text_id=text_id)
+    return ids, [token if counts else IGNORED for token, counts in zip(ids, is_target, strict=True)]
 
-    def render(upto: int, *, open_turn: bool) -> list[int]:
-        rendered = tokenizer.apply_chat_template(
-            list(messages[:upto]), tokenize=True, add_generation_prompt=open_turn, return_dict=True
-        )
-        return list(rendered["input_ids"])
 
-    ids = render(len(messages), open_turn=False)
-    labels = [IGNORED] * len(ids)
+def _render_chat(messages: Sequence[dict[str, str]], tokenizer: Any, *, text_id: str) -> tuple[str, list[tuple[int, int]]]:
+    """Return a chat as one string, and where in it each turn of the assistant begins and ends.
+
+    A turn is what the conversation up to it adds to the conversation before it with the assistant's turn opened,
+    so it has the text and the mark that ends it, but not the mark that opens it.
+    """
+    from jinja2.exceptions import TemplateError
+
+    def render(part: Sequence[dict[str, str]], *, open_turn: bool = False) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(list(part), tokenize=False, add_generation_prompt=open_turn))
+        except TemplateError as error:
+            raise InputError(
+                f"the tokenizer's chat template fails on the first {len(part)} of the {len(messages)} messages of text "
+                f"{text_id}: {error} (roles: {', '.join(message['role'] for message in messages)}).",
+                "chats with the roles, and in the order, that the template takes",
+                "leave this text out, change its messages, set another chat_template, or give it as prompt and completion.",
+            ) from error
+
+    whole = render(messages)
+    spans = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, after = render(index, open_turn=True), render(index + 1, open_turn=False)
-        if ids[: len(before)] != before or ids[: len(after)] != after:
+        after = render(messages[: index + 1])
+        if index:
+            before = render(messages[:index], open_turn=True)
+        else:  # transformers renders no empty conversation: what opens the turn is what any content shares
+            other = "1" if message["content"].strip().startswith("0") else "0"
+            pairs = zip(after, render([{**message, "content": other}]), strict=False)
+            before = after[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))]
+        if not (whole.startswith(before) and whole.startswith(after)):
             raise InputError(
-                "the chat template does not render a conversation as an extension of its beginning.",
-                "a template whose prefix for the first n messages stays the same when more follow",
+                f"the chat template does not render the conversation of text {text_id} as an extension of its beginning.",
+                "a template whose rendering of the first n messages stays the same when more follow",
                 "give the texts as prompt and completion, or as input_ids with labels.",
             )
-        labels[len(before) : len(after)] = ids[len(before) : len(after)]
-    return ids, labels
+        spans.append((len(before), len(after)))
+    return whole, spans
+
+
+def _overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Which tokens have a character inside a span; one that stands across its edge counts."""
+    marks, last_stop = [], 0
+    for start, stop in offsets:
+        first = min(start, last_stop) if start == stop else start  # white space that the tokenizer trims off its offsets
+        marks.append(any(first < end and stop > begin for begin, end in spans))
+        last_stop = stop
+    return marks
+
+
+def _bare_ids(rendered: str, tokenizer: Any) -> list[int]:
+    return list(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _covered_by_prefixes(
+    ids: list[int], spans: Sequence[tuple[int, int]], *, rendered: str, tokenizer: Any, text_id: str
+) -> list[bool]:
+    """Which tokens lie inside a span, for a tokenizer without offsets: by the number of tokens up to its edges."""
+    marks = [False] * len(ids)
+    for span in spans:
+        before, after = (_bare_ids(rendered[:edge], tokenizer) for edge in span)
+        if ids[: len(before)] != before or ids[: len(after)] != after:
+            raise InputError(
+                f"in text {text_id} a token stands across the edge of an assistant's turn.",
+                "a fast tokenizer, which tells where its tokens stand, or a template with a special token at each edge",
+                "load the tokenizer as a fast one, or give the texts as prompt and completion.",
+            )
+        marks[len(before) : len(after)] = [True] * (len(after) - len(before))
+    return marks
 
 
 def make_batches(encoded: Sequence[EncodedText], *, batch_tokens: int, device: torch.device) -> Iterator[Batch]:

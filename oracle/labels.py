@@ -1,7 +1,8 @@
 """Labels: measured influence, with where it came from and what it cost.
 
-On disk a folder: `labels.parquet` (one row per text: text_id, one column per target, its two halves, and
-further measured numbers) and `meta.json`. Parquet so that any tool can read it.
+On disk a folder: `labels.parquet` and `meta.json`. The table has one row per text: `text_id`; for every target
+`value.<target>`, `half_a.<target>` and `half_b.<target>`; and `extra.<name>` for every further measured number, so
+that no target's name can stand for something else. Parquet so that any tool can read it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from oracle.errors import InputError, MismatchError, MissingFileError, NotFinite
 if TYPE_CHECKING:
     import pyarrow as pa
 
-HALF_SUFFIXES = (".half_a", ".half_b")
+VALUE, HALVES, EXTRA = "value.", ("half_a.", "half_b."), "extra."  # what the columns on disk begin with
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,10 @@ def to_table(labels: Labels) -> pa.Table:
 
     columns: dict[str, Any] = {"text_id": pa.array(labels.text_ids, pa.string())}
     for index, name in enumerate(labels.target_names):
-        columns[name] = labels.values[:, index]
-        for half, suffix in enumerate(HALF_SUFFIXES):
-            columns[name + suffix] = labels.halves[half, :, index]
-    return pa.table({**columns, **labels.columns})
+        columns[VALUE + name] = labels.values[:, index]
+        for half, prefix in enumerate(HALVES):
+            columns[prefix + name] = labels.halves[half, :, index]
+    return pa.table({**columns, **{EXTRA + name: column for name, column in labels.columns.items()}})
 
 
 def from_table(table: pa.Table, target_names: list[str], *, units: str, meta: dict[str, Any]) -> Labels:
@@ -154,8 +155,7 @@ def from_table(table: pa.Table, target_names: list[str], *, units: str, meta: di
     def column(name: str) -> np.ndarray:
         return np.asarray(table[name].to_numpy(), dtype=np.float32)
 
-    values = np.stack([column(name) for name in target_names], axis=1)
-    halves = np.stack([np.stack([column(name + suffix) for name in target_names], axis=1) for suffix in HALF_SUFFIXES])
-    known = {"text_id", *target_names, *(name + suffix for name in target_names for suffix in HALF_SUFFIXES)}
-    columns = {name: column(name) for name in table.column_names if name not in known}
+    values = np.stack([column(VALUE + name) for name in target_names], axis=1)
+    halves = np.stack([np.stack([column(prefix + name) for name in target_names], axis=1) for prefix in HALVES])
+    columns = {name.removeprefix(EXTRA): column(name) for name in table.column_names if name.startswith(EXTRA)}
     return Labels(values, table["text_id"].to_pylist(), list(target_names), units, halves, columns, meta)

@@ -8,6 +8,7 @@ is asked for, the optimiser that trains it. It never changes the module it is gi
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from oracle.artifacts import fingerprint
+from oracle.checkpoints import describe_groups, load_checkpoint, load_optimizer, place_state, save_checkpoint
 from oracle.encoding import IGNORED, MAX_LOGIT_ELEMENTS, Batch, EncodedText, encode_texts, make_batches
 from oracle.errors import InputError, InputTypeError, check_choice
 from oracle.snapshot import Snapshot, restore_snapshot, restore_weights, take_snapshot
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 DEFAULT_MAX_TOKENS = 512
+STEP_NEUTRAL_KEYS = ("foreach", "fused", "capturable", "differentiable", "initial_lr", "param_names")  # no step depends on them
 MAX_BATCH_TOKENS = 8192  # beyond this a larger batch no longer makes a CPU or GPU pass cheaper per token
 
 
@@ -74,6 +78,8 @@ class LanguageModel:
         self.too_long = too_long
         self.device = _choose_device(module, optimizer, device)
         module.to(self.device)
+        if optimizer is not None:
+            place_state(optimizer)
         self._check_fit()
 
     @classmethod
@@ -81,7 +87,6 @@ class LanguageModel:
         cls,
         path: str | Path,
         *,
-        optimizer: torch.optim.Optimizer | None = None,
         dtype: str = "float32",
         max_tokens: int | None = None,
         device: str | torch.device = "auto",
@@ -91,29 +96,24 @@ class LanguageModel:
 
         Args:
             path: A folder written by `save`, by `save_pretrained` or by the Hugging Face Trainer, or a hub name.
-            optimizer: Unused here unless the folder has none: see `oracle.checkpoints.load_optimizer`.
             dtype: "float32" or "bfloat16".
             max_tokens: As in the constructor.
             device: As in the constructor.
             too_long: As in the constructor.
 
         Raises:
-            InputError: Nothing can be loaded from `path`, or `dtype` is unknown.
+            InputError: Nothing can be loaded from `path`, its optimiser cannot be rebuilt, or `dtype` is unknown.
+            MismatchError: The optimiser's state does not fit the model.
         """
-        from oracle.checkpoints import load_checkpoint, load_optimizer
-
         check_choice("dtype", dtype, ("float32", "bfloat16"))
         module, tokenizer = load_checkpoint(path, dtype=getattr(torch, dtype))
         target = _choose_device(module, None, device)
         module.to(target)
-        if optimizer is None and Path(path).is_dir():
-            optimizer = load_optimizer(Path(path), module)
+        optimizer = load_optimizer(Path(path), module) if Path(path).is_dir() else None
         return cls(module, tokenizer, optimizer, max_tokens=max_tokens, device=target, too_long=too_long)
 
     def save(self, folder: str | Path) -> None:
         """Write weights, tokenizer and optimiser state (all safetensors and JSON) to `folder`, atomically."""
-        from oracle.checkpoints import save_checkpoint
-
         save_checkpoint(Path(folder), self.module, self.tokenizer, optimizer=self.optimizer)
 
     # ------------------------------------------------------------------ texts and losses
@@ -203,16 +203,51 @@ class LanguageModel:
             self.restore(snapshot)
 
     def fingerprint(self, *, optimizer: bool = False) -> str:
-        """Return 16 hex digits that identify the weights (and the optimiser's state, if asked) bit for bit."""
+        """Return 16 hex digits that identify the weights bit for bit.
+
+        Args:
+            optimizer: Also identify the optimiser: its class, state and hyper-parameters, and which parameters
+                they hold for. The learning rate counts; `STEP_NEUTRAL_KEYS` do not.
+        """
         digest = hashlib.sha256()
         for name, tensor in self.module.state_dict().items():
             _hash_tensor(digest, name, tensor)
         if optimizer and self.optimizer is not None:
             names: dict[Tensor, str] = {parameter: name for name, parameter in self.module.named_parameters()}
+            groups = [
+                {
+                    key: value
+                    for key, value in {**group, "params": sorted(group["params"])}.items()
+                    if key not in STEP_NEUTRAL_KEYS
+                }
+                for group in describe_groups(self.optimizer, names)
+            ]
+            digest.update(fingerprint([type(self.optimizer).__name__, groups]).encode())
             for parameter, slots in sorted(self.optimizer.state.items(), key=lambda item: names.get(item[0], "")):
                 for slot, value in sorted(slots.items()):
-                    _hash_tensor(digest, f"{names.get(parameter, '')} {slot}", torch.as_tensor(value))
+                    if value is not None:
+                        _hash_tensor(digest, f"{names.get(parameter, '')} {slot}", torch.as_tensor(value))
         return digest.hexdigest()[:16]
+
+    def tokenizer_fingerprint(self) -> str:
+        """Return 16 hex digits that identify how the tokenizer turns texts and chats into ids; "" without a tokenizer.
+
+        They cover the vocabulary, the merges and every other rule of a fast tokenizer, the special tokens and
+        the chat template. Truncation and padding, which a call sets, do not count.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            return ""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        rules = {} if backend is None else json.loads(backend.to_str())
+        return fingerprint(
+            {
+                "vocabulary": tokenizer.get_vocab(),
+                "rules": {key: value for key, value in rules.items() if key not in ("truncation", "padding")},
+                "special_tokens": tokenizer.special_tokens_map,
+                "chat_template": getattr(tokenizer, "chat_template", None),
+            }
+        )
 
     # ------------------------------------------------------------------ size
 

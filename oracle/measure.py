@@ -12,9 +12,10 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from oracle import plugins
 from oracle.artifacts import atomic_path, fingerprint, provenance, read_json, require_same, storing, timed, write_json
@@ -28,11 +29,9 @@ from oracle.target_columns import TargetColumns, prepare_targets
 from oracle.targets import TargetSet, read_targets
 from oracle.texts import read_texts
 
-if TYPE_CHECKING:
-    pass
-
 METHODS = "oracle.methods"
 IDENTITY_FILE = "identity.json"
+COUNTED_BLOCKS = "counted_blocks"  # in meta.json: the blocks in the folder whose seconds `label_seconds` has already
 
 
 class UnlabelableTextWarning(UserWarning):
@@ -87,33 +86,16 @@ def label(
     oracle_method = plugins.create(METHODS, method, options)
     texts = read_texts(sample)
     target_sets = read_targets(targets, max_texts=max_target_texts, seed=seed)
-    identity = _identity(
-        lm,
-        target_sets,
-        method,
-        seed=seed,
-        halves=halves,
-        options=plugins.options_of(oracle_method),
-        needs_optimizer=lm.optimizer is not None,
-    )
+    identity = _identity(lm, target_sets, oracle_method, seed=seed, halves=halves)
     store = _Store(Path(workdir) if workdir is not None else None, [target.name for target in target_sets], identity)
     if store.is_complete(texts["text_id"]):
         return store.finished(texts["text_id"])
     encoded = lm.encode(texts)
-    cost: dict[str, float] = {}
-    with lm.preserved(weights=oracle_method.changes_weights):
-        with timed(lambda seconds: cost.__setitem__("prepare_seconds", seconds)):
-            columns = prepare_targets(lm, target_sets, seed=seed, halves=halves)
-            oracle_method.prepare(lm, columns)
-        num_measured = _measure_blocks(oracle_method, encoded, store, block_size=block_size)
-        cost["label_seconds"] = store.seconds
-    meta = {
-        **identity,
-        **_counts(encoded, columns),
-        "facts": oracle_method.facts(),
-        "cost": _cost(oracle_method, encoded, columns, seconds=cost, num_measured=num_measured),
-        "provenance": provenance(),
-    }
+    with torch.enable_grad(), lm.preserved(weights=oracle_method.changes_weights):
+        columns, cost = _prepare(oracle_method, lm, target_sets, seed=seed, halves=halves)
+        cost["num_measured_now"] = _measure_blocks(oracle_method, encoded, store, block_size=block_size)
+    cost |= _label_cost(oracle_method, columns, store)
+    meta = {**identity, **_counts(encoded, columns), "facts": oracle_method.facts(), "cost": cost, "provenance": provenance()}
     return store.finish(texts["text_id"], units=oracle_method.units, meta=meta)
 
 
@@ -123,7 +105,10 @@ def method_names() -> list[str]:
 
 
 class _Store:
-    """Finished rows by text_id, in memory and, with a folder, as one file per block."""
+    """Finished rows by text_id, in memory and, with a folder, as one file per block.
+
+    A kill while the result is written may leave blocks whose seconds are in meta.json already; it names them.
+    """
 
     def __init__(self, folder: Path | None, target_names: list[str], identity: dict[str, Any]) -> None:
         self.folder, self.target_names, self.identity = folder, target_names, identity
@@ -131,14 +116,17 @@ class _Store:
         self.seconds = 0.0  # spent on measuring, over all processes that worked on this folder
         if folder is None:
             return
+        counted: set[str] = set()
         if (folder / IDENTITY_FILE).exists():
             require_same(read_json(folder / IDENTITY_FILE), identity, where=folder)
         else:
             write_json(folder / IDENTITY_FILE, identity)
         if (folder / "labels.parquet").exists():
             self.blocks.append(Labels.load(folder))
-            self.seconds += self.blocks[0].meta["cost"]["label_seconds"]
-        self.seconds += sum(read_json(path)["seconds"] for path in (folder / "blocks").glob("*.json"))
+            cost = self.blocks[0].meta["cost"]
+            self.seconds += cost["label_seconds"]
+            counted = set(cost[COUNTED_BLOCKS])
+        self.seconds += sum(read_json(path)["seconds"] for path in (folder / "blocks").glob("*.json") if path.stem not in counted)
         self.blocks += [self._read(path) for path in sorted((folder / "blocks").glob("*.parquet"))]
 
     def _read(self, path: Path) -> Labels:
@@ -148,6 +136,15 @@ class _Store:
 
     def done(self) -> set[str]:
         return {text_id for block in self.blocks for text_id in block.text_ids}
+
+    def num_tokens(self) -> list[int]:
+        """Return the tokens of every text that has labels, in the order of their text_ids."""
+        found = {i: int(n) for block in self.blocks for i, n in zip(block.text_ids, block.columns["num_tokens"], strict=True)}
+        return [found[text_id] for text_id in sorted(found)]
+
+    def block_names(self) -> list[str]:
+        """Name the blocks that lie in the folder."""
+        return [] if self.folder is None else sorted(path.stem for path in (self.folder / "blocks").glob("*.json"))
 
     def is_complete(self, text_ids: Sequence[str]) -> bool:
         """Whether `labels.parquet` holds all of these texts."""
@@ -192,6 +189,17 @@ class _Store:
         return everything.take(list(text_ids))
 
 
+def _prepare(
+    method: Any, lm: LanguageModel, targets: Sequence[TargetSet], *, seed: int, halves: bool
+) -> tuple[TargetColumns, dict[str, Any]]:
+    """Do once what does not depend on the sample; return the target columns and what it cost."""
+    seconds: list[float] = []
+    with timed(seconds.append):
+        columns = prepare_targets(lm, targets, seed=seed, halves=halves)
+        method.prepare(lm, columns)
+    return columns, {"prepare_seconds": round(seconds[0], 3), "prepare_flops": method.prepare_flops(columns)}
+
+
 def _measure_blocks(method: Any, encoded: list[EncodedText], store: _Store, *, block_size: int) -> int:
     """Measure what is not stored yet, in fixed blocks of the sample; return how many texts that was."""
     done = store.done()
@@ -233,25 +241,25 @@ def _as_labels(measured: Measured, encoded: list[EncodedText], target_names: lis
     )
 
 
-def _identity(
-    lm: LanguageModel,
-    targets: Sequence[TargetSet],
-    method: str,
-    *,
-    seed: int,
-    halves: bool,
-    options: dict[str, Any],
-    needs_optimizer: bool,
-) -> dict[str, Any]:
-    """What must be the same for stored labels to be gone on with."""
+def _identity(lm: LanguageModel, targets: Sequence[TargetSet], method: Any, *, seed: int, halves: bool) -> dict[str, Any]:
+    """What must be the same for stored labels to be gone on with.
+
+    The tokenizer stands for the ids of the sample, which may grow; those of the target sets are known and hashed.
+    """
+    encoded = {
+        target.name: sorted((text.text_id, text.input_ids, text.labels) for text in lm.encode(target.texts)) for target in targets
+    }
     return {
-        "method": method,
-        "options": options,
+        "method": method.plugin_name,
+        "options": plugins.options_of(method),
         "seed": seed,
         "halves": halves,
-        "checkpoint": lm.fingerprint(optimizer=needs_optimizer),
+        "checkpoint": lm.fingerprint(optimizer=True),
+        "trainable_parameters": fingerprint(sorted(name for name, p in lm.module.named_parameters() if p.requires_grad)),
+        "tokenizer": lm.tokenizer_fingerprint(),
         "max_tokens": lm.max_tokens,
         "device": lm.device.type,
+        "target_ids": {name: fingerprint(texts) for name, texts in encoded.items()},
         "targets": {target.name: target.fingerprint for target in targets},
         "num_target_texts": {target.name: len(target.texts) for target in targets},
     }
@@ -277,14 +285,13 @@ def _counts(encoded: Sequence[EncodedText], columns: TargetColumns) -> dict[str,
     return counts
 
 
-def _cost(
-    method: Any, encoded: Sequence[EncodedText], columns: TargetColumns, *, seconds: dict[str, float], num_measured: int
-) -> dict[str, Any]:
-    flops = sum(method.flops(len(text.input_ids), columns) for text in encoded)
+def _label_cost(method: Any, columns: TargetColumns, store: _Store) -> dict[str, Any]:
+    """Seconds, FLOPs and tokens of all texts that the folder has labels of, whichever process measured them."""
+    num_tokens = store.num_tokens()
     return {
-        **{name: round(value, 3) for name, value in seconds.items()},
-        "num_measured_now": num_measured,
-        "label_flops": flops,
-        "prepare_flops": 3 * method.lm_.forward_flops_per_token * columns.num_tokens,
-        "num_tokens": sum(len(text.input_ids) for text in encoded),
+        "label_seconds": round(store.seconds, 3),
+        "label_flops": sum(method.flops(number, columns) for number in num_tokens),
+        "num_tokens": sum(num_tokens),
+        "num_labelled": len(num_tokens),
+        COUNTED_BLOCKS: store.block_names(),
     }

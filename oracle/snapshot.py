@@ -1,8 +1,9 @@
 """A bit-exact copy of everything that labelling could disturb, and the way back.
 
 Weights, buffers, gradients, optimiser state and hyper-parameters, the random state of Python, NumPy and
-torch (every device), train or eval mode, `requires_grad`, and the modules' hooks. Tensors are copied back
-into place, so references that others hold to them stay valid. `optimizer.load_state_dict` is not used: it
+torch (every device), train or eval mode, `requires_grad`, and the modules' hooks. Weights, buffers and
+optimiser state are copied back into place, so references that others hold to them stay valid; gradients come
+back as new tensors, since a step in between may have dropped the old ones. `optimizer.load_state_dict` is not used: it
 keeps references to the tensors it is given, and the next step would then change the saved state itself.
 """
 

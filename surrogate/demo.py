@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from oracle.artifacts import atomic_folder, provenance, read_json, require_same, timed, write_json
+from oracle.artifacts import atomic_folder, provenance, read_json, require_same, write_json
 from oracle.comparison import agreement, noise_ceiling
 from oracle.errors import check_choice
 from oracle.labels import Labels
@@ -169,11 +169,9 @@ def _warmed_up(run: Run, demo: DemoSize, *, seed: int) -> LanguageModel:
             module, AutoTokenizer.from_pretrained(tokenizer_folder), _optimizer(module), max_tokens=demo.max_tokens
         )
         plan = _plan(demo, num_tokens=demo.warmup_tokens, warmup_steps=10, seed=seed)
-        spent: dict[str, float] = {}
-        with timed(lambda seconds: spent.__setitem__("seconds", seconds)):
-            train(lm, run.pool(), plan, folder=run.folder / "warmup", title="warm-up")
+        curve = train(lm, run.pool(), plan, folder=run.folder / "warmup", title="warm-up")
         lm.save(checkpoint)
-        run.add_cost("warm-up", seconds=spent["seconds"], flops=_training_flops(lm, demo.warmup_tokens))
+        run.set_cost("warm-up", seconds=curve.seconds, flops=_training_flops(lm, demo.warmup_tokens))
     return LanguageModel.from_pretrained(checkpoint, max_tokens=demo.max_tokens)
 
 
@@ -219,17 +217,15 @@ def _train(
     columns = prepare_targets(lm, read_targets(targets), halves=False)
     texts = run.pool() if text_ids is None else run.texts(text_ids)
     plan = _plan(demo, num_tokens=demo.training_tokens, warmup_steps=0, seed=seed + 1)
-    spent: dict[str, float] = {}
-    with timed(lambda seconds: spent.__setitem__("seconds", seconds)):
-        curve = train(
-            lm,
-            texts,
-            plan,
-            evaluate=lambda model: {TARGET: float(columns.combine(columns.losses(model))[0])},
-            folder=run.folder / "training" / name,
-            title=f"train ({name})",
-        )
-    run.add_cost(f"train {name}", seconds=spent["seconds"], flops=_training_flops(lm, demo.training_tokens))
+    curve = train(
+        lm,
+        texts,
+        plan,
+        evaluate=lambda model: {TARGET: float(columns.combine(columns.losses(model))[0])},
+        folder=run.folder / "training" / name,
+        title=f"train ({name})",
+    )
+    run.set_cost(f"train {name}", seconds=curve.seconds, flops=_training_flops(lm, curve.tokens[-1]))
     write_json(path, {"steps": curve.steps, "tokens": curve.tokens, "losses": curve.losses})
     return curve
 
@@ -247,7 +243,8 @@ def _summary(
     ]
     spent = {unit: sum(costs[stage][unit] for stage in selection_stages) for unit in ("seconds", "flops")}
     training = costs["train selected"]
-    whole_pool_flops = costs["labels"]["flops"] / len(labels) * len(run.pool())
+    label_cost = labels.meta["cost"]
+    whole_pool_flops = label_cost["label_flops"] / len(labels) * len(run.pool()) + label_cost["prepare_flops"]
     return {
         "pool": len(run.pool()),
         "labelled": len(labels),

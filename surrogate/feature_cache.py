@@ -2,14 +2,15 @@
 
 Layout of a cache folder:
 
-    <encoder.key()>/meta.json             options, fingerprint, dimension and package version
-    <encoder.key()>/block-<hash>.ids.json the text_ids of one block, sorted; written first
-    <encoder.key()>/block-<hash>.npy      their features (rows, D) float32; its existence means complete
+    <encoder.key()>/meta.json               options, fingerprint, dimension and package version
+    <encoder.key()>/block-<hash>.ids.json   the text_ids of one block, sorted; written first
+    <encoder.key()>/block-<hash>.cost.json  seconds, FLOPs and number of texts that encoding it took
+    <encoder.key()>/block-<hash>.npy        their features (rows, D) float32; its existence means complete
 
 A block is named by a hash of its text_ids. Blocks are cut from the sorted missing ids, so a run that was
-killed and started again leaves the same files as one that was not. Several processes may fill one cache:
-at worst a block is computed twice. Features are gathered from memory-mapped blocks, so that only the rows
-asked for are read.
+killed and started again leaves the same files as one that was not, seconds aside. Several processes may fill
+one cache: at worst a block is computed twice. Features are gathered from memory-mapped blocks, so that only
+the rows asked for are read.
 
 Left out: compression and half precision; removing rows (delete the encoder's folder instead).
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Protocol
 
 import numpy as np
 
@@ -99,17 +100,31 @@ class FeatureCache:
         for position, text_id in enumerate(ids):
             first_positions.setdefault(text_id, position)
         missing = sorted(text_id for text_id in first_positions if text_id not in index.places)
-        spent = {"seconds": 0.0, "flops": 0.0, "num_encoded": 0.0}
+        spent = _no_cost()
         if missing:
             with track(f"features ({encoder.plugin_name})", len(missing)) as tracker:
                 for start in range(0, len(missing), BLOCK_TEXTS):
                     block_ids = missing[start : start + BLOCK_TEXTS]
                     rows = texts.select([first_positions[text_id] for text_id in block_ids])
-                    index.add_block(block_ids, _encode_counted(encoder, rows, ids=block_ids, cost=spent), encoder)
+                    block_cost = _no_cost()
+                    features = _encode_counted(encoder, rows, ids=block_ids, cost=block_cost)
+                    index.add_block(block_ids, features, encoder, cost=block_cost)
+                    _add_cost(spent, block_cost)
                     tracker.advance(len(block_ids))
         if cost is not None:
             _add_cost(cost, spent)
         return index.gather(ids)
+
+    def cost(self, encoder: Encoder) -> dict[str, float]:
+        """Return what all features of an encoder that the cache holds took, whichever process made them.
+
+        Returns:
+            `seconds`, `flops` and `num_encoded`, as `features` counts them; a block that was computed twice counts once.
+
+        Raises:
+            MismatchError: The cache holds features of another state of this encoder.
+        """
+        return self._open(encoder).cost()
 
     def _open(self, encoder: Encoder) -> _Index:
         key = encoder.key()
@@ -144,7 +159,7 @@ def encode_all(
         if cache is not None:
             parts.append(cache.features(encoder, texts, cost=cost))
             continue
-        spent = {"seconds": 0.0, "flops": 0.0, "num_encoded": 0.0}
+        spent = _no_cost()
         parts.append(_encode_counted(encoder, texts, ids=ids, cost=spent))
         if cost is not None:
             _add_cost(cost, spent)
@@ -204,7 +219,14 @@ class _Index:
             if path.name not in self._known:
                 self._append(path, read_json(path.with_suffix(".ids.json")))
 
-    def add_block(self, ids: Sequence[str], features: np.ndarray, encoder: Encoder) -> None:
+    def cost(self) -> dict[str, float]:
+        """Add up what the blocks took."""
+        total = _no_cost()
+        for path in self.blocks:
+            _add_cost(total, read_json(path.with_suffix(".cost.json")))
+        return total
+
+    def add_block(self, ids: Sequence[str], features: np.ndarray, encoder: Encoder, *, cost: dict[str, float]) -> None:
         """Write one block; the features come last, since their existence means complete."""
         dim = features.shape[1]
         if self._dim is None:
@@ -213,8 +235,9 @@ class _Index:
         assert dim == self._dim, f"encoder {encoder.plugin_name!r} returned {dim} columns, the cache holds {self._dim}"
         path = self.folder / f"block-{hashlib.sha256(' '.join(ids).encode()).hexdigest()[:16]}.npy"
         write_json(path.with_suffix(".ids.json"), list(ids))
+        write_json(path.with_suffix(".cost.json"), cost)
         with atomic_path(path) as partial, partial.open("wb") as file:
-            np.save(file, features, allow_pickle=False)
+            _write_array(file, features)
         if path.name not in self._known:
             self._append(path, ids)
 
@@ -247,6 +270,17 @@ def _encode_counted(encoder: Encoder, texts: Dataset, *, ids: Sequence[str], cos
         features = encoder.encode(texts)
     _add_cost(cost, {"flops": encoder.flops(texts), "num_encoded": len(ids)})
     return check_features(encoder, features, ids)
+
+
+def _write_array(file: BinaryIO, array: np.ndarray) -> None:
+    """Write the bytes that `np.save` writes; where the disk is full, `np.save` loses the system's error number."""
+    array = np.ascontiguousarray(array)
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    file.write(array.data)
+
+
+def _no_cost() -> dict[str, float]:
+    return {"seconds": 0.0, "flops": 0.0, "num_encoded": 0.0}
 
 
 def _add_cost(cost: dict[str, float], spent: dict[str, float]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from oracle import plugins
 from oracle.artifacts import fingerprint, provenance, read_json, require_same, timed, write_json
-from oracle.errors import InputError, MissingFileError, check_at_least
+from oracle.errors import InputError, MismatchError, MissingFileError, check_at_least
 from oracle.labels import Labels
 from oracle.targets import read_targets
 from oracle.texts import list_text_ids, read_report, read_texts, text_format, write_texts
@@ -135,7 +135,7 @@ class Run:
         sample = self.sample(sample_size, seed=seed)
         labels = label(lm, sample, targets, method=method, workdir=self.folder / name, seed=seed, **options)
         cost = labels.meta["cost"]
-        self._set_cost(
+        self.set_cost(
             name,
             seconds=cost["prepare_seconds"] + cost["label_seconds"],
             flops=cost["label_flops"] + cost["prepare_flops"],
@@ -146,7 +146,8 @@ class Run:
             for target in measured_on:
                 write_texts(target.texts, self._target_path(target.name))
             where = str(Path(model_path).resolve()) if model_path and Path(model_path).is_dir() else model_path
-            self._remember(model=where, max_tokens=lm.max_tokens, targets=[target.name for target in measured_on])
+            dtype = str(next(lm.module.parameters()).dtype).removeprefix("torch.")
+            self._remember(model=where, max_tokens=lm.max_tokens, dtype=dtype, targets=[target.name for target in measured_on])
         return labels
 
     def _target_path(self, name: str) -> Path:
@@ -164,8 +165,13 @@ class Run:
                 made.append(given)
                 continue
             name, options = parse_plugin(given)
-            if name == "model_state" and "model" not in options:
-                options = {"model": lm or self._language_model(), "targets": self._targets(), **options}
+            if name == "model_state":  # a model given as an option is a proxy; the targets are the run's all the same
+                own = (
+                    {"targets": self._targets()}
+                    if "model" in options
+                    else {"targets": self._targets(), "model": lm or self._language_model()}
+                )
+                options = {**own, **options}
             made.append(plugins.create(ENCODERS, name, options))
         return made
 
@@ -173,9 +179,8 @@ class Run:
         """Encode the whole pool into the run's feature cache."""
         predictor = InfluencePredictor(self.encoders(encoders, lm=lm), "ridge", cache=self.folder / "features")
         features = predictor.features(self.pool())
-        cost = predictor.cost_
-        self.add_cost("features", seconds=cost["feature_seconds"], flops=cost["feature_flops"], num_texts=len(features))
-        return {"num_texts": len(features), "num_features": features.shape[1], "seconds": round(cost["feature_seconds"], 2)}
+        cost = self._count_features(predictor)
+        return {"num_texts": len(features), "num_features": features.shape[1], "seconds": cost["seconds"], "flops": cost["flops"]}
 
     def fit(
         self,
@@ -193,7 +198,7 @@ class Run:
         )
         folder = self.folder / "predictors" / predictor.surrogate_name
         identity = {
-            "labels": fingerprint([labels.text_ids, labels.values.tobytes().hex()]),
+            "labels": _fingerprint_of(labels),
             "encoders": [e.key() for e in predictor.encoders],
             "options": predictor.surrogate_options,
             "num_folds": num_folds,
@@ -208,21 +213,17 @@ class Run:
         predictor.fit(pool.select(rows), labels)
         predictor.save(folder)
         write_json(folder / "stage.json", identity)
-        cost = predictor.cost_
-        self.add_cost("features", seconds=cost["feature_seconds"], flops=cost["feature_flops"])
-        self.add_cost(
-            f"fit {predictor.surrogate_name}",
-            seconds=cost["fit_seconds"] + cost["crossfit_seconds"],
-            flops=0.0,
-            num_texts=len(labels),
-        )
+        self._count_features(predictor)
+        seconds = predictor.cost_["fit_seconds"] + predictor.cost_["crossfit_seconds"]
+        self.set_cost(f"fit {predictor.surrogate_name}", seconds=seconds, flops=0.0, num_texts=len(labels))
         return predictor
 
     def predictor(self, surrogate: str | None = None, *, lm: LanguageModel | None = None) -> InfluencePredictor:
-        """Load a fitted predictor; without a name the one with the highest mean held-out Spearman.
+        """Load a predictor fitted on the run's labels; without a name the one with the highest mean held-out Spearman.
 
         Raises:
             MissingFileError: None was fitted, or not this one.
+            MismatchError: It was fitted before the labels changed.
         """
         folders = sorted(path.parent for path in (self.folder / "predictors").glob("*/stage.json"))
         if surrogate is not None:
@@ -233,7 +234,15 @@ class Run:
                 "a run whose fit stage is done",
                 "run `surrogate fit` on this folder first.",
             )
-        loaded = [InfluencePredictor.load(folder, lm=lm, cache=self.folder / "features") for folder in folders]
+        labels = _fingerprint_of(self.labels())
+        current = [folder for folder in folders if read_json(folder / "stage.json")["labels"] == labels]
+        if not current:
+            raise MismatchError(
+                f"{', '.join(folder.name for folder in folders)} in {self.folder} was fitted on other labels than these.",
+                "a predictor of the present labels",
+                "run `surrogate fit` again.",
+            )
+        loaded = [InfluencePredictor.load(folder, lm=lm, cache=self.folder / "features") for folder in current]
         return max(loaded, key=lambda predictor: float(np.mean([row.spearman for row in predictor.fidelity_.surrogate])))
 
     def score(self, surrogate: str | None = None, *, lm: LanguageModel | None = None) -> Scores:
@@ -241,23 +250,27 @@ class Run:
         predictor = self.predictor(surrogate, lm=lm)
         path = self.folder / "scores" / f"{predictor.surrogate_name}.parquet"
         stage = self.folder / "predictors" / predictor.surrogate_name / "stage.json"
-        identity = {"predictor": fingerprint(read_json(stage)), "pool": self.settings()["pool"]}
+        counter = lm or self._language_model()
+        identity = {
+            "predictor": fingerprint(read_json(stage)),
+            "pool": self.settings()["pool"],
+            "tokens_counted_to": None if counter is None else counter.max_tokens,
+        }
         meta = path.with_suffix(".json")
         if path.exists() and meta.exists() and read_json(meta) == _as_json(identity):
             return Scores.load(path)
         spent: dict[str, float] = {}
-        before = dict(predictor.cost_)
+        before = predictor.cost_["feature_seconds"]
         with timed(lambda seconds: spent.__setitem__("seconds", seconds)):
             plain = predictor.predict(self.pool())
-        scores = Scores(
-            np.asarray(plain), text_ids=plain.text_ids, target_names=plain.target_names, num_tokens=self._num_tokens(lm)
-        )
+        counts = self._num_tokens(counter)
+        scores = Scores(np.asarray(plain), text_ids=plain.text_ids, target_names=plain.target_names, num_tokens=counts)
         meta.unlink(missing_ok=True)
         scores.save(path)
         write_json(meta, identity)
-        features = {key: predictor.cost_[key] - before[key] for key in ("feature_seconds", "feature_flops")}
-        self.add_cost("features", seconds=features["feature_seconds"], flops=features["feature_flops"], num_texts=len(scores))
-        self.add_cost("score", seconds=spent["seconds"] - features["feature_seconds"], flops=0.0, num_texts=len(scores))
+        self._count_features(predictor)
+        seconds = spent["seconds"] - (predictor.cost_["feature_seconds"] - before)
+        self.set_cost("score", seconds=seconds, flops=0.0, num_texts=len(scores))
         return scores
 
     def select(
@@ -295,22 +308,20 @@ class Run:
 
     # ------------------------------------------------------------------ cost
 
-    def add_cost(self, stage: str, *, seconds: float, flops: float, num_texts: int | None = None) -> None:
-        """Add to a stage's seconds and counted FLOPs; a stage that found its result finished adds nothing."""
-        costs = self.costs()
-        entry = costs.setdefault(stage, {"seconds": 0.0, "flops": 0.0})
-        entry["seconds"] = round(entry["seconds"] + seconds, 3)
-        entry["flops"] += flops
+    def set_cost(self, stage: str, *, seconds: float, flops: float, num_texts: int | None = None) -> None:
+        """Write what a stage's present result has cost; writing it again changes nothing."""
+        entry: dict[str, float] = {"seconds": round(seconds, 3), "flops": flops}
         if num_texts is not None:
             entry["num_texts"] = num_texts
-        write_json(self.folder / "cost.json", costs)
+        write_json(self.folder / "cost.json", {**self.costs(), stage: entry})
 
-    def _set_cost(self, stage: str, *, seconds: float, flops: float, num_texts: int) -> None:
-        """Write what a stage that does its own accounting has spent over all its processes."""
-        write_json(
-            self.folder / "cost.json",
-            {**self.costs(), stage: {"seconds": round(seconds, 3), "flops": flops, "num_texts": num_texts}},
-        )
+    def _count_features(self, predictor: InfluencePredictor) -> dict[str, float]:
+        """Write what the cached features have cost over all processes that worked on them, as the cache counted it."""
+        assert predictor.cache is not None
+        stages = {f"features {encoder.plugin_name}": predictor.cache.cost(encoder) for encoder in predictor.encoders}
+        for stage, cost in stages.items():
+            self.set_cost(stage, seconds=cost["seconds"], flops=cost["flops"], num_texts=int(cost["num_encoded"]))
+        return {unit: sum(cost[unit] for cost in stages.values()) for unit in ("seconds", "flops")}
 
     def costs(self) -> dict[str, dict[str, float]]:
         """Return seconds and FLOPs by stage."""
@@ -325,7 +336,6 @@ class Run:
         pool = self.pool()
         if text_format(pool) == "tokens":
             return [len(ids) for ids in pool["input_ids"]]
-        lm = lm or self._language_model()
         return None if lm is None else [len(text.input_ids) for text in lm.encode(pool)]
 
     def _targets(self) -> dict[str, str] | None:
@@ -339,7 +349,7 @@ class Run:
         settings = self.settings()
         if settings.get("model") is None:
             return None
-        return LanguageModel.from_pretrained(settings["model"], max_tokens=settings["max_tokens"])
+        return LanguageModel.from_pretrained(settings["model"], max_tokens=settings["max_tokens"], dtype=settings["dtype"])
 
 
 def parse_plugin(given: str) -> tuple[str, dict[str, Any]]:
@@ -370,6 +380,10 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[key.strip()] = value
     return options
+
+
+def _fingerprint_of(labels: Labels) -> str:
+    return fingerprint([labels.text_ids, labels.target_names, labels.values.tobytes().hex()])
 
 
 def _surrogate(given: str | Any) -> Any:

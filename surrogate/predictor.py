@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from oracle.language_model import LanguageModel
 
 ENCODERS, SURROGATES = "surrogate.features", "surrogate.models"
+ROWS_PER_BLOCK = 16_384  # texts whose features are in memory at the same time
 PREDICTOR_FILE = "predictor.json"
 HELD_OUT_FILE = "held_out.parquet"
 
@@ -153,7 +154,8 @@ class InfluencePredictor:
                 "this predictor has not been fitted.", "a fitted or loaded predictor", "call fit(sample, labels) first."
             )
         dataset = read_texts(texts)
-        values = self.surrogate_.predict(self.features(dataset))
+        blocks = [range(start, min(start + ROWS_PER_BLOCK, len(dataset))) for start in range(0, len(dataset), ROWS_PER_BLOCK)]
+        values = np.concatenate([self.surrogate_.predict(self.features(dataset.select(block))) for block in blocks])
         return Scores(values, text_ids=list_text_ids(dataset), target_names=self.target_names_)
 
     def save(self, folder: str | Path) -> None:
@@ -271,14 +273,20 @@ def _as_options(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_encoder(entry: dict[str, Any], folder: Path, *, lm: LanguageModel | None) -> Encoder:
-    plugin = plugins.load(ENCODERS, entry["name"])
+    """Make a saved encoder; a model at hand is used where it is the one of the fit, else the one at the saved path."""
+    plugin: Any = plugins.load(ENCODERS, entry["name"])
     options = _as_options(entry["options"])
-    encoder: Encoder = plugin.load_state(folder, options, lm=lm) if hasattr(plugin, "load_state") else plugin(**options)
-    if encoder.fingerprint() != entry["fingerprint"]:
-        raise MismatchError(
-            f"the encoder {entry['name']!r} has the fingerprint {encoder.fingerprint()}; "
-            f"the predictor was fitted with {entry['fingerprint']}.",
-            "the same weights and package versions as in the fit",
-            "use the checkpoint and packages of the fit, or fit the predictor again.",
-        )
-    return encoder
+    models = [lm] if lm is not None and not options.get("model") else [lm, None] if lm is not None else [None]
+    found: list[str] = []
+    for model in models:
+        has_state = hasattr(plugin, "load_state")
+        encoder: Encoder = plugin.load_state(folder, dict(options), lm=model) if has_state else plugin(**options)
+        found.append(encoder.fingerprint())
+        if found[-1] == entry["fingerprint"]:
+            return encoder
+    raise MismatchError(
+        f"the encoder {entry['name']!r} has the fingerprint {' or '.join(found)}; "
+        f"the predictor was fitted with {entry['fingerprint']}.",
+        "the same weights and package versions as in the fit",
+        "use the checkpoint and packages of the fit, or fit the predictor again.",
+    )

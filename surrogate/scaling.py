@@ -143,6 +143,7 @@ class FeatureScaler:
     Fitted with labels, every column is then multiplied by its relevance: the root of its mean squared correlation
     with the targets, less what chance alone gives, over the columns' root mean square. A penalty on squared weights
     then spares the columns that say something, and a thousand hashed n-grams do not drown seven telling ones.
+    Relevance is learned from labels: a text counts as held out only if the scaler was fitted without it too.
     """
 
     _mean: NDArray[np.float64] | None = field(default=None, init=False, repr=False)
@@ -181,11 +182,15 @@ class FeatureScaler:
                 f"a matrix with {len(self._mean)} columns",
                 "use the features that the scaler was fitted on.",
             )
-        return (self._standardised(features) * self._relevance).astype(np.float32)
+        weighed = self._standardised(features)
+        weighed *= self._relevance
+        return weighed.astype(np.float32)
 
     def _standardised(self, features: NDArray) -> NDArray[np.float64]:
         assert self._mean is not None and self._inverse_std is not None
-        return np.clip((features - self._mean) * self._inverse_std, -FEATURE_CLIP, FEATURE_CLIP)
+        standardised = np.subtract(features, self._mean, dtype=np.float64)
+        standardised *= self._inverse_std
+        return np.clip(standardised, -FEATURE_CLIP, FEATURE_CLIP, out=standardised)
 
     def arrays(self) -> dict[str, NDArray]:
         """Return what was learned as named arrays."""

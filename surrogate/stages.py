@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from oracle import plugins
 from oracle.comparison import noise_ceiling
-from oracle.errors import InputError
+from oracle.errors import InputError, closest
 from oracle.labels import Labels
 from surrogate import corpora
 from surrogate.pipeline import DEFAULT_ENCODERS, Run, parse_options
 from surrogate.selection import Budget
+
+LABEL_OPTIONS = ("max_target_texts", "halves", "block_size")  # of `oracle.label` itself
 
 
 def label_stage(
@@ -45,7 +48,7 @@ def label_stage(
         method=method,
         seed=seed,
         model_path=model,
-        **parse_options(options),
+        **plugin_options("oracle.methods", method, options, also=LABEL_OPTIONS),
     )
     return {"run_folder": str(folder), **pool_summary, **describe_labels(labels)}
 
@@ -100,7 +103,12 @@ def select_stage(
     """Spend the budget."""
     spending = Budget(**{name: value for name, value in budget.items() if value is not None})  # type: ignore[arg-type]
     selection = Run(folder).select(
-        spending, rule=rule, surrogate=surrogate, seed=seed, allow_low_fidelity=allow_low_fidelity, **parse_options(options)
+        spending,
+        rule=rule,
+        surrogate=surrogate,
+        seed=seed,
+        allow_low_fidelity=allow_low_fidelity,
+        **plugin_options("surrogate.rules", rule, options),
     )
     return {
         "run_folder": str(folder),
@@ -121,6 +129,24 @@ def give_pool(run: Run, pool: Sequence[str] | None, text_column: str) -> dict[st
     reading = {} if text_column == "text" else {"text_column": text_column}
     summary = run.set_pool(source, **reading)
     return {"pool": summary["num_texts"], "rejected": summary["rejected"]}
+
+
+def plugin_options(package: str, name: str, given: Sequence[str], *, also: Sequence[str] = ()) -> dict[str, Any]:
+    """Read `option=value` pairs for a plug-in; only its own options and those in `also` may be named.
+
+    Raises:
+        InputError: A pair cannot be read, or there is no such option.
+    """
+    options = parse_options(given)
+    accepted = [*(option["name"] for option in plugins.describe(package, name)["options"]), *also]
+    for key in options:
+        if key not in accepted:
+            raise InputError(
+                f"--option {key}=... is no option of {name!r}{closest(key, accepted)}.",
+                ", ".join(accepted) or "no options",
+                "remove it or correct its name; what has an option of its own on the command line is given there.",
+            )
+    return options
 
 
 def parse_targets(given: Sequence[str]) -> dict[str, str]:

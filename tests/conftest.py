@@ -35,6 +35,20 @@ def build_module(kind: str, **options: Any) -> torch.nn.Module:
         "mixtral": lambda: tf.MixtralConfig(
             **sizes, num_key_value_heads=2, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, **common
         ),
+        "opt": lambda: tf.OPTConfig(**sizes, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0, **common),
+        "gemma": lambda: tf.GemmaConfig(**sizes, num_key_value_heads=2, head_dim=8, intermediate_size=64, **common),
+        "gemma2": lambda: tf.Gemma2Config(
+            **sizes,
+            num_key_value_heads=2,
+            head_dim=8,
+            intermediate_size=64,
+            sliding_window=64,
+            final_logit_softcapping=0.5,
+            **common,
+        ),
+        "gemma3": lambda: tf.Gemma3TextConfig(**sizes, num_key_value_heads=2, head_dim=8, intermediate_size=64, **common),
+        "phi": lambda: tf.PhiConfig(**sizes, intermediate_size=64, **common),
+        "cohere": lambda: tf.CohereConfig(**sizes, num_key_value_heads=2, intermediate_size=64, logit_scale=4.0, **common),
     }
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():

@@ -37,8 +37,14 @@ def attach_rule(module: nn.Module, names: dict[str, str], engine: GradientProduc
     """
     from transformers.pytorch_utils import Conv1D
 
-    if isinstance(module, nn.Embedding) and module.max_norm is None and not module.scale_grad_by_freq:
-        return module.register_forward_hook(_EmbeddingRule(names["weight"], engine))
+    if (
+        isinstance(module, nn.Embedding)
+        and set(names) == {"weight"}
+        and module.max_norm is None
+        and not module.scale_grad_by_freq
+    ):
+        rule = _EmbeddingRule if type(module).forward is nn.Embedding.forward else _OtherEmbeddingRule
+        return module.register_forward_hook(rule(names["weight"], engine), with_kwargs=True)
     if isinstance(module, (nn.Linear, Conv1D)):
         return module.register_forward_hook(_LinearRule(names, engine, is_transposed=isinstance(module, Conv1D)))
     if all(p.dim() == 1 for p in module.parameters(recurse=False)):
@@ -51,25 +57,28 @@ class _EmbeddingRule:
 
     def __init__(self, name: str, engine: GradientProducts) -> None:
         self.name, self.engine = name, engine
+        self.is_running = False
 
-    def __call__(self, module: nn.Embedding, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if not torch.is_grad_enabled():
+    def __call__(self, module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        if self.is_running or not torch.is_grad_enabled():
             return None
-        engine, ids = self.engine, args[0]
+        engine = self.engine
         if output.shape[0] == 1 and engine.num_texts > 1:  # learned positions, broadcast over the batch later on:
-            ids = ids.expand(engine.num_texts, *ids.shape[1:])  # without a copy per text b would be the batch's sum
-            output = output.expand(engine.num_texts, *output.shape[1:]).clone()
+            output = output.expand(engine.num_texts, *output.shape[1:]).clone()  # without a copy per text b would be a sum
         if not output.requires_grad:
             output.requires_grad_()
         engine.count_use({"weight": self.name})
-        output.register_hook(lambda b: self.backward(module, ids, b))
+        output.register_hook(lambda b: self.backward(module, args, kwargs, engine.by_text(b).float()))
         return output
 
-    def backward(self, module: nn.Embedding, ids: Tensor, b: Tensor) -> None:
-        engine, b = self.engine, self.engine.by_text(b).float()  # (B, L, F)
-        ids = ids.reshape(engine.num_texts, -1)
+    def backward(self, module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any], b: Tensor) -> None:
+        engine = self.engine
+        ids = args[0] if args else kwargs["input"]
+        if ids.shape[0] == 1:
+            ids = ids.expand(engine.num_texts, *ids.shape[1:])
+        ids = ids.reshape(engine.num_texts, -1)  # (B, L)
         if module.padding_idx is not None:  # torch gives that row no gradient
-            b = b * (ids != module.padding_idx).unsqueeze(-1)
+            b = b * (ids != module.padding_idx).unsqueeze(-1)  # (B, L, F)
         for k in range(engine.num_directions):
             moved = functional.embedding(ids, engine.directions[self.name][k])  # (B, L, F)
             engine.products[:, k] += (moved * b).sum((1, 2), dtype=torch.float64)
@@ -80,6 +89,36 @@ class _EmbeddingRule:
             for row in range(engine.num_texts):
                 gradient = torch.zeros_like(module.weight, dtype=torch.float32).index_add_(0, ids[row], b[row])
                 engine.add_norm(self.name, gradient.reshape(1, -1), slice(row, row + 1))
+
+
+class _OtherEmbeddingRule(_EmbeddingRule):
+    """An embedding with a forward of its own (scaled rows, shifted positions): the module is differentiated itself."""
+
+    def backward(self, module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any], b: Tensor) -> None:
+        engine, weight = self.engine, module.weight.detach()
+
+        def output(weight: Tensor) -> Tensor:
+            self.is_running = True
+            try:
+                rows = torch.func.functional_call(module, {"weight": weight}, args, kwargs)
+            finally:
+                self.is_running = False
+            return rows.reshape(engine.num_texts if rows.numel() == b.numel() else 1, -1, rows.shape[-1])
+
+        for k in range(engine.num_directions):
+            direction = engine.directions[self.name][k].to(weight.dtype)
+            if module.padding_idx is not None:  # torch gives that row no gradient
+                direction = direction.index_fill(0, torch.tensor(module.padding_idx, device=direction.device), 0.0)
+            moved = torch.func.jvp(output, (weight,), (direction,))[1]  # (B or 1, L, F)
+            engine.products[:, k] += (moved.float() * b).sum((1, 2), dtype=torch.float64)
+        if engine.norms:
+            with torch.enable_grad():
+                rows = output(weight.requires_grad_())
+            for row in range(engine.num_texts):
+                own = torch.zeros_like(rows)
+                own[row if len(rows) > 1 else 0] = b[row].to(rows.dtype)
+                (gradient,) = torch.autograd.grad(rows, weight, own, retain_graph=True)
+                engine.add_norm(self.name, gradient.float().reshape(1, -1), slice(row, row + 1))
 
 
 class _LinearRule:

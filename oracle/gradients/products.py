@@ -199,27 +199,38 @@ class PerTextProducts:
         return Products(torch.stack(products), torch.stack(square_norms) if self.norms else None, torch.cat(all_losses))
 
 
-def check_sum(engine: GradientProducts, batch: Batch) -> float:
-    """Compare the sum of a batch's products with one ordinary gradient: sum_i <grad L_i, D> = <grad sum_i L_i, D>.
+def self_check(engine: GradientProducts, batch: Batch) -> float:
+    """Compare a batch's products with one ordinary gradient, and one of its texts with the same text alone.
 
-    Catches what no hook can see, such as a weight that is used outside its own module. Call it outside the
-    engine's `with` block.
+    The sum has to agree, sum_i <grad L_i, D> = <grad sum_i L_i, D>, which catches what no hook can see, such as a
+    weight that is used outside its own module. The text alone catches products given to the wrong text, which
+    leave the sum as it is. Call it outside the engine's `with` block.
 
     Returns:
-        The largest error over the K directions, relative to the sum of the absolute products.
+        The largest error over the K directions: of the sum, relative to the sum of the absolute products, and of
+        the single text (the one with the largest products), relative to the largest absolute product.
+
+    Raises:
+        UncoveredModuleError: A module's input is not ordered by text.
     """
     parameters = {name: p for name, p in engine.module.named_parameters() if name in engine.directions}
     gradients = torch.autograd.grad(engine.losses(batch).sum(), list(parameters.values()), allow_unused=True)
     with engine:
-        measured = engine(batch).products
+        measured = engine(batch).products  # (B, K)
+        tiny = torch.finfo(torch.float32).tiny
+        largest = measured.abs().amax(0).clamp_min(tiny)  # (K,)
+        row = int((measured.abs() / largest).sum(1).argmax())
+        single = Batch(batch.input_ids[row : row + 1], batch.labels[row : row + 1], [0])
+        alone = engine(single).products[0] if len(measured) > 1 else measured[0]
     expected = torch.zeros_like(measured[0])
     for name, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
             expected += dot_in_blocks(
                 gradient.float().reshape(1, -1), engine.directions[name].reshape(engine.num_directions, -1)
             )[0]
-    scale = measured.abs().sum(0).clamp_min(torch.finfo(torch.float32).tiny)
-    return float(((measured.sum(0) - expected).abs() / scale).max())
+    error_of_sum = (measured.sum(0) - expected).abs() / measured.abs().sum(0).clamp_min(tiny)
+    error_of_single = (measured[row] - alone).abs() / largest
+    return float(torch.maximum(error_of_sum, error_of_single).max())
 
 
 def dot_in_blocks(left: Tensor, right: Tensor) -> Tensor:

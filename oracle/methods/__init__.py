@@ -8,7 +8,8 @@ A method is a keyword-only dataclass whose fields are its options, with
 - `measure(encoded) -> Measured`: a few texts' influence on every target set;
 - `units`: after `prepare`, what one unit of a value is;
 - `facts()`: after measuring, what belongs into the labels' meta.json;
-- `flops(num_tokens, columns)`: counted FLOPs of measuring texts of so many tokens.
+- `prepare_flops(columns)`: counted FLOPs of `prepare`;
+- `flops(num_tokens, columns)`: counted FLOPs of measuring one text of so many tokens.
 
 Positive values mean that training on the text lowers the target's loss.
 """

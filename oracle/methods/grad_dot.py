@@ -9,6 +9,7 @@ better than the exact single-text Adam step did.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,14 +21,18 @@ from torch import Tensor
 from oracle.encoding import Batch, EncodedText
 from oracle.errors import InputError, check_at_least, check_choice
 from oracle.gradients.module_rules import UncoveredModuleError
-from oracle.gradients.products import GradientProducts, PerTextProducts, check_sum
+from oracle.gradients.products import GradientProducts, PerTextProducts, Products, self_check
 from oracle.language_model import LanguageModel
 from oracle.methods import Measured
 from oracle.plugins import option
 from oracle.target_columns import TargetColumns
 
-SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the summed absolute products
+SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative, see `self_check`
 LOW_PRECISION_TOLERANCE = 5e-2
+
+
+class SlowRouteWarning(UserWarning):
+    """The batched identity does not cover the model, so every text takes a backward pass of its own."""
 
 
 @dataclass(kw_only=True)
@@ -40,6 +45,10 @@ class GradDot:
         One forward and backward pass per text for all target sets at once; K gradients of the model's size.
     Limit:
         With `preconditioner="none"` it is the limit of SGD `one_step` divided by the learning rate.
+
+    The values are in nats per target token where the next step is one number times the (preconditioned) gradient:
+    with SGD, and with Adam or AdamW in Adam's metric. Otherwise they are per unit of learning rate. With
+    `maximize=True` the sign is that of the step, which then goes up the loss.
     """
 
     plugin_name: ClassVar[str] = "grad_dot"
@@ -95,6 +104,8 @@ class GradDot:
             for name, direction in directions.items():
                 root, eps = moments[name]
                 direction /= root + eps
+        for name in maximised(lm) & set(directions):
+            directions[name].neg_()
         self.direction_norms_ = _norms(columns, directions)  # whole (C,) and halves (2, C), for the cosine
         self.directions_ = directions
         needs_norms = self.max_grad_norm is not None or self.similarity == "cosine"
@@ -128,28 +139,45 @@ class GradDot:
             "parameters": self.lm_.num_parameters,
         }
 
+    def prepare_flops(self, columns: TargetColumns) -> float:
+        """Counted FLOPs of `prepare`: one forward and backward pass over all target sets."""
+        return 3 * self.lm_.forward_flops_per_token * columns.num_tokens
+
     def flops(self, num_tokens: int, columns: TargetColumns) -> float:
         """Counted FLOPs for one text of `num_tokens`, the share of the target gradients left out."""
         return 3 * self.lm_.forward_flops_per_token * num_tokens
 
-    def _products(self, batch: Batch) -> Any:
+    def _products(self, batch: Batch) -> Products:
         if self.route_ == "batched" and self.self_check_ is None:
             self._choose_route(batch)
-        if self.route_ == "batched":
-            with self.fast_ as engine:
-                return engine(batch)
+        if not self.route_.startswith("per_text"):
+            try:
+                with self.fast_ as engine:
+                    return engine(batch)
+            except UncoveredModuleError as error:  # of this batch alone: the next one takes the batched way again
+                self._take_slow_route(f"batched, per_text for some batches ({error})")
         return self.slow_(batch)
 
     def _choose_route(self, batch: Batch) -> None:
         """Check the identity on the first batch; fall back to the plain loop where a module is not covered."""
         try:
-            self.self_check_ = check_sum(self.fast_, batch)
+            self.self_check_ = self_check(self.fast_, batch)
         except UncoveredModuleError as error:
-            self.route_ = f"per_text ({error})"
+            self._take_slow_route(f"per_text ({error})")
             return
         dtype = next(self.lm_.module.parameters()).dtype
         if not self.self_check_ <= SELF_CHECK_TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE):
-            self.route_ = f"per_text (self-check error {self.self_check_:.1e}: some weight is used outside its own module)"
+            self._take_slow_route(
+                f"per_text (self-check error {self.self_check_:.1e}: a weight is used outside its own module, "
+                "or a module does something else than modules of its kind)"
+            )
+
+    def _take_slow_route(self, route: str) -> None:
+        if self.route_ != route:
+            warnings.warn(
+                f"grad_dot takes one backward pass per text, several times the cost: {route}.", SlowRouteWarning, stacklevel=2
+            )
+        self.route_ = route
 
     def _scaled(self, products: np.ndarray, norms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         whole, halves = self.columns_.combine(products), self.columns_.halves(products)  # (B, C), (2, B, C)
@@ -163,23 +191,17 @@ class GradDot:
 
 
 def adam_moments(lm: LanguageModel) -> dict[str, tuple[Tensor, float]] | None:
-    """Return what the next step divides by, this text's own square left out: the root of the second moments, and eps.
+    """Return what the next step divides each trainable parameter's gradient by (see `second_moments`).
 
     Returns:
         Parameter name -> (root, eps) for every trainable parameter; None if the optimiser has no Adam state.
+
+    Raises:
+        InputError: The optimiser has moments for some of the trainable parameters only.
     """
-    if lm.optimizer is None:
-        return None
-    found: dict[str, tuple[Tensor, float]] = {}
-    names = {p: name for name, p in lm.module.named_parameters() if p.requires_grad}
-    for group in lm.optimizer.param_groups:
-        for parameter in group["params"]:
-            slots = lm.optimizer.state.get(parameter, {})
-            if parameter in names and "exp_avg_sq" in slots:
-                decay = group["betas"][1]
-                correction = 1.0 - decay ** (float(slots["step"]) + 1)
-                found[names[parameter]] = ((slots["exp_avg_sq"].float() * (decay / correction)).sqrt(), float(group["eps"]))
-    missing = set(names.values()) - set(found)
+    trainable = {name for name, p in lm.module.named_parameters() if p.requires_grad}
+    found = {name: moments for name, moments in second_moments(lm).items() if name in trainable}
+    missing = trainable - set(found)
     if found and missing:
         raise InputError(
             f"the optimiser has no second moments for {sorted(missing)[:3]} and {max(len(missing) - 3, 0)} more parameters.",
@@ -189,19 +211,66 @@ def adam_moments(lm: LanguageModel) -> dict[str, tuple[Tensor, float]] | None:
     return found or None
 
 
+def second_moments(lm: LanguageModel) -> dict[str, tuple[Tensor, float]]:
+    """Return what the next Adam step divides by, this text's own square left out: the root of the second moments, and eps.
+
+    With `amsgrad` that is the largest second moment so far.
+
+    Returns:
+        Parameter name -> (root, eps) for the parameters with Adam state, trainable or not.
+    """
+    found: dict[str, tuple[Tensor, float]] = {}
+    names = {p: name for name, p in lm.module.named_parameters()}
+    for group in [] if lm.optimizer is None else lm.optimizer.param_groups:
+        for parameter in group["params"]:
+            slots = lm.optimizer.state.get(parameter, {}) if lm.optimizer is not None else {}
+            if parameter not in names or "betas" not in group or slots.get("exp_avg_sq") is None or "step" not in slots:
+                continue
+            decay = group["betas"][1]
+            correction = 1.0 - decay ** (float(slots["step"]) + 1)
+            moments = slots["exp_avg_sq"].float() * decay
+            if group.get("amsgrad"):
+                moments = torch.maximum(slots["max_exp_avg_sq"].float(), moments)
+            found[names[parameter]] = ((moments / correction).sqrt(), float(group["eps"]))
+    return found
+
+
+def maximised(lm: LanguageModel) -> set[str]:
+    """Name the parameters whose optimiser goes up the loss (`maximize=True`)."""
+    groups = [] if lm.optimizer is None else lm.optimizer.param_groups
+    own = {parameter for group in groups if group.get("maximize") for parameter in group["params"]}
+    return {name for name, parameter in lm.module.named_parameters() if parameter in own}
+
+
 def _step_size(lm: LanguageModel, *, is_adam: bool) -> float | None:
-    """What the next step multiplies the (preconditioned) gradient of this text by, if it is one number for all parameters."""
-    if lm.optimizer is None:
+    """What the next step multiplies the (preconditioned) gradient of this text by; None if that is not one known number.
+
+    Known are SGD, and Adam and AdamW in Adam's metric; the number has to be the same for all trainable parameters.
+    """
+    optimizer = lm.optimizer
+    if optimizer is None or type(optimizer) not in ((torch.optim.Adam, torch.optim.AdamW) if is_adam else (torch.optim.SGD,)):
         return None
+    left = {parameter for parameter in lm.module.parameters() if parameter.requires_grad}
     sizes = set()
-    for group in lm.optimizer.param_groups:
-        rate = float(group["lr"])
-        if is_adam:
-            steps = {float(lm.optimizer.state[p]["step"]) for p in group["params"] if p in lm.optimizer.state}
-            sizes |= {rate * (1 - group["betas"][0]) / (1 - group["betas"][0] ** (step + 1)) for step in steps}
-        else:
-            sizes.add(rate * (1 - float(group.get("dampening", 0.0))))
-    return sizes.pop() if len(sizes) == 1 and 0.0 not in sizes else None
+    for group in optimizer.param_groups:
+        for parameter in left & set(group["params"]):
+            slots = optimizer.state.get(parameter, {})
+            sizes.add(float(group["lr"]) * (_adam_share(group, slots) if is_adam else _sgd_share(group, slots)))
+        left -= set(group["params"])
+    return sizes.pop() if len(sizes) == 1 and 0.0 not in sizes and not left else None
+
+
+def _adam_share(group: dict[str, Any], slots: dict[str, Any]) -> float:
+    """The share of this gradient in Adam's bias-corrected mean at the next step."""
+    decay = float(group["betas"][0])
+    return (1 - decay) / (1 - decay ** (float(slots["step"]) + 1))
+
+
+def _sgd_share(group: dict[str, Any], slots: dict[str, Any]) -> float:
+    """The share of this gradient in SGD's next step: the first one sets the momentum buffer without dampening."""
+    momentum, is_first = float(group["momentum"]), slots.get("momentum_buffer") is None
+    share = 1.0 if momentum == 0 or is_first else 1 - float(group["dampening"])
+    return 1 + momentum * share if group["nesterov"] else share
 
 
 def _norms(columns: TargetColumns, directions: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:

@@ -100,6 +100,10 @@ class OneStep:
             "shared_part": self.columns_.combine(self.shared_).tolist(),
         }
 
+    def prepare_flops(self, columns: TargetColumns) -> float:
+        """Counted FLOPs of `prepare`: two evaluations of all target sets, before and after the step without a gradient."""
+        return 2 * self.lm_.forward_flops_per_token * columns.num_tokens
+
     def flops(self, num_tokens: int, columns: TargetColumns) -> float:
         """Counted FLOPs for one text of `num_tokens`."""
         return self.lm_.forward_flops_per_token * (3 * num_tokens + columns.num_tokens)

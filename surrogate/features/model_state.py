@@ -1,10 +1,12 @@
 """What one forward pass of a language model says about a text.
 
-The mean hidden state h below the output layer, the mean error state W'(p - y) that a backward pass would send
-into it, statistics of the token losses, and the exact influence of the text through the output layer on every
-target set. All of these are pieces of the text's gradient that a forward pass has at hand: the output layer's
-gradient is sum_t (p_t - y_t) h_t', and every layer below is driven by the error state. The error state is what
-tells the texts of one source apart. The model can be the live checkpoint or a smaller one trained beside it.
+The mean hidden state h below the output layer, the mean error state W'e that a backward pass would send into it,
+statistics of the token losses, and the exact influence of the text through the output layer on every target set.
+e is the gradient of the loss at the output layer's output: p - y, times whatever the model does to its logits
+after that layer (a scale, a soft cap). All of these are pieces of the text's gradient that a forward pass has at
+hand: the output layer's gradient is sum_t e_t h_t', and every layer below is driven by the error state. The error
+state is what tells the texts of one source apart. The model can be the live checkpoint or a smaller one trained
+beside it.
 
 Min-K% is the mean log-probability of the least likely tokens (Shi et al. 2024, arXiv 2310.16789); the error
 norm is that of p - y (Paul et al. 2021, arXiv 2107.07075).
@@ -28,7 +30,7 @@ from oracle.errors import InputError, InputTypeError
 from oracle.gradients.module_rules import GRADIENT_BLOCK_BYTES
 from oracle.gradients.products import dot_in_blocks
 from oracle.language_model import LanguageModel
-from oracle.methods.grad_dot import adam_moments
+from oracle.methods.grad_dot import maximised, second_moments
 from oracle.plugins import option, options_of
 from oracle.target_columns import TargetColumns, prepare_targets
 from oracle.targets import TargetSet, read_targets
@@ -41,6 +43,16 @@ STATISTICS = ("mean_loss", "std_loss", "max_loss", "min_k", "entropy", "error_no
 STATES = ("hidden", "hidden_rms", "error", "error_rms")
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    """What one batch says about each predicted token, all (B, L-1) and zero where none is predicted."""
+
+    losses: Tensor
+    entropy: Tensor
+    error_norms: Tensor
+    mask: Tensor
+
+
 @dataclass(kw_only=True)
 class ModelState:
     """Hidden and error states, token-loss statistics and exact last-layer influence on each target, from one forward pass.
@@ -49,6 +61,9 @@ class ModelState:
         One forward pass of the model per text, and two more products of the output layer's size.
     Limit:
         Without states and statistics, the last-layer influence is `grad_dot` restricted to the output layer.
+
+    The last-layer influence is in Adam's metric where the optimiser has moments for all parameters of the output
+    layer. Where it lacks them for some (a frozen output layer, as with LoRA), it is the plain product for all of them.
     """
 
     plugin_name: ClassVar[str] = "model_state"
@@ -67,6 +82,7 @@ class ModelState:
         self._lm: LanguageModel | None = self.model if isinstance(self.model, LanguageModel) else None
         self._columns: TargetColumns | None = None
         self._directions: dict[str, Tensor] = {}
+        self._directions_key = ""  # what `key` was when the directions were made
 
     @property
     def lm(self) -> LanguageModel:
@@ -115,10 +131,11 @@ class ModelState:
         return cls(**{**options, "model": model, "targets": targets})
 
     def key(self) -> str:
-        """Name of the cache folder: options, checkpoint and target sets."""
+        """Name of the cache folder: options, checkpoint, how texts become ids, and target sets."""
         options = {name: value for name, value in options_of(self).items() if name not in ("model", "targets")}
         targets = {target.name: target.fingerprint for target in self._target_sets()}
-        return f"model_state-{fingerprint([options, targets])}-{self.fingerprint()}"
+        encoding = [self.lm.max_tokens, self.lm.tokenizer_fingerprint()]
+        return f"model_state-{fingerprint([options, encoding, targets])}-{self.fingerprint()}"
 
     def fingerprint(self) -> str:
         """Identity of the weights (and of the optimiser state that preconditions the last layer)."""
@@ -136,8 +153,9 @@ class ModelState:
         encoded = self.lm.encode(texts)
         rows: list[np.ndarray | None] = [None] * len(encoded)
         with self.lm.preserved(weights=False), torch.no_grad():
-            if self.targets is not None and not self._directions:
+            if self.targets is not None and self._directions_key != (key := self.key()):
                 self._prepare_targets()
+                self._directions_key = key
             for batch in self.lm.batches(encoded):
                 features = self._features(batch).float().cpu().numpy()
                 for position, row in zip(batch.positions, features, strict=True):
@@ -152,36 +170,40 @@ class ModelState:
 
     def _features(self, batch: Batch) -> Tensor:
         """(B, D) for one batch."""
-        hidden, errors, losses, entropy, mask = self._forward(batch)
-        count = mask.sum(1).clamp_min(1)  # (B,)
-        columns = [self._statistics(losses, errors, entropy, mask)]
+        hidden, errors, tokens = self._forward(batch)
+        count = tokens.mask.sum(1).clamp_min(1)  # (B,)
+        columns = [self._statistics(tokens)]
         if self._directions:
             columns.append(self._influence(hidden, errors) / count.unsqueeze(1))
         if self.states:
             for state in (
-                hidden * mask.unsqueeze(2),
+                hidden * tokens.mask.unsqueeze(2),
                 errors @ self._head().weight.float(),
             ):  # (B, L-1, H), zero where not predicted
                 columns += [state.sum(1) / count.unsqueeze(1), (state.square().sum(1) / count.unsqueeze(1)).sqrt()]
         return torch.cat([column.float() for column in columns], dim=1)
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Hidden states (B, L-1, H), errors p - y (B, L-1, V) zero where not predicted, losses, entropy and mask (B, L-1)."""
-        with self._captured_input() as captured:
-            logits = self.lm.module(input_ids=batch.input_ids, use_cache=False).logits[:, :-1].float()
-        hidden = captured[0][:, :-1].float()
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, _Tokens]:
+        """Hidden states (B, L-1, H), errors e (B, L-1, V) zero where not predicted, and what is known of each token."""
         labels = batch.labels[:, 1:]
         mask = labels != IGNORED
-        log_p = torch.log_softmax(logits, dim=-1)
         safe = labels.clamp_min(0).unsqueeze(2)
-        losses = -log_p.gather(2, safe).squeeze(2) * mask
+        with torch.no_grad(), self._captured_head() as captured:  # gradients are on from the output layer's output on
+            logits = self.lm.module(input_ids=batch.input_ids, use_cache=False).logits[:, :-1].float()
+            log_p = torch.log_softmax(logits, dim=-1)
+            losses = -log_p.gather(2, safe).squeeze(2) * mask
+            hidden, output = captured[0]
+            (errors,) = torch.autograd.grad(losses.sum(), output)
+        del logits
+        log_p = log_p.detach()
         p = log_p.exp()
         entropy = -(p * log_p).sum(2) * mask
-        errors = p.scatter_add_(2, safe, torch.full_like(safe, -1, dtype=p.dtype)) * mask.unsqueeze(2)
-        return hidden, errors, losses, entropy, mask
+        error_norms = p.scatter_add_(2, safe, torch.full_like(safe, -1, dtype=p.dtype)).norm(dim=2) * mask
+        return hidden[:, :-1].float(), errors[:, :-1].float(), _Tokens(losses.detach(), entropy, error_norms, mask)
 
-    def _statistics(self, losses: Tensor, errors: Tensor, entropy: Tensor, mask: Tensor) -> Tensor:
+    def _statistics(self, tokens: _Tokens) -> Tensor:
         """(B, 7) in the order of `STATISTICS`."""
+        losses, mask = tokens.losses, tokens.mask
         count = mask.sum(1).clamp_min(1).float()
         mean = losses.sum(1) / count
         spread = (((losses - mean.unsqueeze(1)).square() * mask).sum(1) / count).sqrt()
@@ -189,10 +211,8 @@ class ModelState:
         num_worst = (count * self.min_k).ceil().clamp_min(1)  # (B,)
         is_worst = torch.arange(worst.shape[1], device=worst.device) < num_worst.unsqueeze(1)
         min_k = -(worst.clamp_min(0) * is_worst).sum(1) / num_worst
-        error_norm = errors.norm(dim=2).sum(1) / count
-        return torch.stack(
-            [mean, spread, worst[:, 0].clamp_min(0), min_k, entropy.sum(1) / count, error_norm, count.log1p()], dim=1
-        )
+        entropy, error_norm = tokens.entropy.sum(1) / count, tokens.error_norms.sum(1) / count
+        return torch.stack([mean, spread, worst[:, 0].clamp_min(0), min_k, entropy, error_norm, count.log1p()], dim=1)
 
     def _influence(self, hidden: Tensor, errors: Tensor) -> Tensor:
         """(B, C): product of the text's output-layer gradient (loss summed over its tokens) with each target's direction."""
@@ -211,7 +231,7 @@ class ModelState:
         return products
 
     def _prepare_targets(self) -> None:
-        """The output layer's target gradients, from forward passes, preconditioned where there is Adam state."""
+        """The output layer's target gradients, from forward passes, preconditioned where there is Adam state for it."""
         columns = self._columns = prepare_targets(self.lm, self._target_sets(), halves=False)
         head = self._head()
         directions = {
@@ -219,17 +239,21 @@ class ModelState:
             for name, parameter in head.named_parameters(recurse=False)
         }
         for batch, part in zip(columns.batches, columns.batch_parts, strict=True):
-            hidden, errors, *_ = self._forward(batch)
+            hidden, errors, _ = self._forward(batch)
             flat_errors = errors.flatten(0, 1) / float(columns.part_tokens[part])  # (B * (L-1), V)
             directions["weight"][columns.parts[part]] += flat_errors.T @ hidden.flatten(0, 1)
             if "bias" in directions:
                 directions["bias"][columns.parts[part]] += flat_errors.sum(0)
-        moments = adam_moments(self.lm)
-        if moments is not None:
-            names = {parameter: name for name, parameter in self.lm.module.named_parameters()}
-            for name, parameter in head.named_parameters(recurse=False):
-                root, eps = moments[names[parameter]]
-                directions[name] /= root + eps
+        moments = second_moments(self.lm)
+        names = {parameter: name for name, parameter in self.lm.module.named_parameters()}
+        own = {name: names[parameter] for name, parameter in head.named_parameters(recurse=False)}
+        is_adam = all(name in moments for name in own.values())
+        for key, name in own.items():
+            if is_adam:
+                root, eps = moments[name]
+                directions[key] /= root + eps
+            if name in maximised(self.lm):
+                directions[key].neg_()
         self._directions = directions
 
     def _target_sets(self) -> list[TargetSet]:
@@ -246,10 +270,20 @@ class ModelState:
         return head
 
     @contextmanager
-    def _captured_input(self) -> Iterator[list[Tensor]]:
-        """Collect what enters the output layer during a block."""
-        captured: list[Tensor] = []
-        handle = self._head().register_forward_pre_hook(lambda module, args: captured.append(args[0].detach()))
+    def _captured_head(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Collect what enters and leaves the output layer; what leaves it is a leaf, and gradients are on behind it.
+
+        The model does not run through autograd below the output layer. Use it in a block of `torch.no_grad`, whose end
+        switches gradients back.
+        """
+        captured: list[tuple[Tensor, Tensor]] = []
+
+        def cut(module: torch.nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            torch.set_grad_enabled(True)
+            captured.append((args[0].detach(), output.detach().requires_grad_()))
+            return captured[-1][1].clone()  # a copy, because a model may change its logits in place
+
+        handle = self._head().register_forward_hook(cut)
         try:
             yield captured
         finally:

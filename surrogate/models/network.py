@@ -3,8 +3,9 @@
 With a few hundred labels and thousands of noisy features, a perceptron alone may be worse than ridge regression,
 and with smooth nonlinear influence it is far better. So both are fitted, and for each target a gate between 0
 (ridge only) and 1 (perceptrons only) is set to what fits held-out labels best: the ridge's predictions for texts
-left out of it, against the members' for their own validation texts. The members share their hidden layers among
-all targets; each has another validation split and another start. Their spread says where they disagree.
+left out of it, against the members' for their own validation texts. Neither saw the labels of those texts, not even
+in the weights of the features. The members share their hidden layers among all targets; each has another validation
+split, other feature weights and another start. Their spread says where they disagree.
 
 Papers: Agarwal and Hakkani-Tür 2025, Neural Networks for Learnable and Scalable Influence Estimation
 (arXiv 2502.09969) for predicting influence from embeddings with a small network; Lakshminarayanan et al. 2017
@@ -29,7 +30,7 @@ from torch.nn.functional import gelu
 
 from oracle.errors import InputError, NotFiniteError, check_at_least, check_choice
 from oracle.plugins import option
-from surrogate.linear import fit_ridge
+from surrogate.linear import fit_scaled_ridge
 from surrogate.models import (
     TrainingData,
     features_to_score,
@@ -48,8 +49,9 @@ ROWS_PER_BLOCK = 8192
 
 @dataclass
 class _Member:
-    """One perceptron: weights (in, out) and biases per layer."""
+    """One perceptron: the scaler of its training texts' features, weights (in, out) and biases per layer."""
 
+    scaler: FeatureScaler
     weights: list[Tensor]
     biases: list[Tensor]
 
@@ -67,18 +69,20 @@ class _Member:
         return hidden
 
     def copy(self) -> _Member:
-        return _Member([weight.detach().clone() for weight in self.weights], [bias.detach().clone() for bias in self.biases])
+        weights, biases = ([tensor.detach().clone() for tensor in tensors] for tensors in (self.weights, self.biases))
+        return _Member(self.scaler, weights, biases)
 
     def arrays(self) -> dict[str, NDArray]:
-        arrays: dict[str, NDArray] = {}
+        arrays = with_prefix("features", self.scaler.arrays())
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             arrays[f"{layer}.weight"], arrays[f"{layer}.bias"] = weight.detach().numpy(), bias.detach().numpy()
         return arrays
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, NDArray]) -> _Member:
-        layers = range(len(arrays) // 2)
+        layers = range(sum(name.endswith(".weight") for name in arrays))
         return cls(
+            FeatureScaler.from_arrays(without_prefix("features", arrays)),
             [torch.from_numpy(arrays[f"{layer}.weight"]) for layer in layers],
             [torch.from_numpy(arrays[f"{layer}.bias"]) for layer in layers],
         )
@@ -92,11 +96,11 @@ class InfluenceNetwork:
     the spread of members is wanted; `trees` where single features carry thresholds. Runs on the CPU, repeatably.
 
     Attributes (learned): `members_` the perceptrons; `weights_` (D, C) and `intercept_` (C,) of the linear path on
-    standardised features; `gate_` (C,) the share of the members in the score; `num_features_`.
+    scaled features; `gate_` (C,) the share of the members in the score; `num_features_`.
 
     Cost:
-        One ridge regression, and per member and epoch one pass over the labelled texts: some 4 seconds per member
-        at 2,400 texts and 3,000 features on one core.
+        One `ridge`, and per member and epoch one pass over the labelled texts: some 4 seconds per member at 2,400
+        texts and 3,000 features on one core.
     Limit:
         Where the gate is zero (perceptrons do not help) it equals `ridge`.
     Paper:
@@ -121,7 +125,7 @@ class InfluenceNetwork:
     weights_: Tensor = field(init=False, repr=False)
     intercept_: Tensor = field(init=False, repr=False)
     gate_: Tensor = field(init=False, repr=False)
-    _feature_scaler: FeatureScaler = field(init=False, repr=False)
+    _linear_scaler: FeatureScaler | None = field(init=False, repr=False)  # None without the linear path
     _label_scaler: LabelScaler = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -159,26 +163,30 @@ class InfluenceNetwork:
     def _fit(self, data: TrainingData) -> Self:
         label_scaler = LabelScaler(self.label_scale).fit(data.labels)
         scaled = label_scaler.transform(data.labels)
-        feature_scaler = FeatureScaler().fit(data.features, scaled if self.weigh_features else None)
-        x = feature_scaler.transform(data.features)
         intercept = scaled.mean(axis=0)
-        ridge = fit_ridge(x, scaled - intercept, groups=data.groups) if self.linear_path else None
-        tensors = torch.from_numpy(x), torch.from_numpy(scaled - intercept).float()
-        members, held_out = [], []
+        targets = scaled - intercept
+        members, held_out, outputs = [], [], []
         for number in range(self.ensemble):
             mask = grouped_holdout(
                 data.groups, fraction=self.validation_fraction, seed=self.seed * 1_000 + number, keys=data.keys
             )
-            held_out.append(torch.from_numpy(np.flatnonzero(mask)))
-            members.append(self._train_member(number, tensors, rows=(torch.from_numpy(np.flatnonzero(~mask)), held_out[-1])))
-        gate = torch.ones(scaled.shape[1], dtype=torch.float32)
-        weights = torch.zeros(x.shape[1], scaled.shape[1], dtype=torch.float32)
-        if ridge is not None:
+            member, output = self._train_member(number, data.features, targets, mask=mask)
+            members.append(member)
+            held_out.append(np.flatnonzero(mask))
+            outputs.append(output)
+        gate = torch.ones(targets.shape[1], dtype=torch.float32)
+        weights = torch.zeros(data.features.shape[1], targets.shape[1], dtype=torch.float32)
+        linear_scaler = None
+        if self.linear_path:
+            linear_scaler, ridge = fit_scaled_ridge(
+                data.features, targets, groups=data.groups, keys=data.keys, weigh_features=self.weigh_features
+            )
             weights = torch.from_numpy(ridge.weights).float()
             intercept = intercept + ridge.intercept
-            gate = _gate(members, held_out, tensors=tensors, linear=torch.from_numpy(ridge.held_out).float())
+            rows = np.concatenate(held_out)
+            gate = _gate(targets[rows], linear=ridge.held_out[rows], outputs=torch.cat(outputs))
         self.weights_, self.intercept_, self.gate_ = weights, torch.from_numpy(intercept).float(), gate
-        self.members_, self._feature_scaler, self._label_scaler = members, feature_scaler, label_scaler
+        self.members_, self._linear_scaler, self._label_scaler = members, linear_scaler, label_scaler
         return self
 
     @overload
@@ -215,11 +223,9 @@ class InfluenceNetwork:
         arrays = {"weights": self.weights_.numpy(), "intercept": self.intercept_.numpy(), "gate": self.gate_.numpy()}
         for number, member in enumerate(self.members_):
             arrays |= with_prefix(f"member{number}", member.arrays())
-        save_state(
-            Path(folder),
-            self,
-            arrays | with_prefix("features", self._feature_scaler.arrays()) | with_prefix("labels", self._label_scaler.arrays()),
-        )
+        if self._linear_scaler is not None:
+            arrays |= with_prefix("features", self._linear_scaler.arrays())
+        save_state(Path(folder), self, arrays | with_prefix("labels", self._label_scaler.arrays()))
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -232,7 +238,8 @@ class InfluenceNetwork:
         surrogate.members_ = [
             _Member.from_arrays(without_prefix(f"member{number}", arrays)) for number in range(surrogate.ensemble)
         ]
-        surrogate._feature_scaler = FeatureScaler.from_arrays(without_prefix("features", arrays))
+        features = without_prefix("features", arrays)
+        surrogate._linear_scaler = FeatureScaler.from_arrays(features) if surrogate.linear_path else None
         surrogate._label_scaler = LabelScaler.from_arrays(without_prefix("labels", arrays))
         return surrogate
 
@@ -249,13 +256,18 @@ class InfluenceNetwork:
         return [int(text) for text in texts]
 
     def _member_outputs(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
-        x = torch.from_numpy(self._feature_scaler.transform(features))
         with _own_settings(), torch.no_grad():
-            linear = self.intercept_ + (1 - self.gate_) * (x @ self.weights_)  # (b, C)
-            outputs = [linear + self.gate_ * member.output(x) for member in self.members_]
+            linear = self.intercept_.expand(len(features), -1)  # (b, C)
+            if self._linear_scaler is not None:
+                x = torch.from_numpy(self._linear_scaler.transform(features))
+                linear = linear + (1 - self.gate_) * (x @ self.weights_)
+            outputs = [
+                linear + self.gate_ * member.output(torch.from_numpy(member.scaler.transform(features)))
+                for member in self.members_
+            ]
         return torch.stack(outputs).double().numpy()
 
-    def _new_member(self, shape: tuple[int, int], generator: torch.Generator) -> _Member:
+    def _new_member(self, scaler: FeatureScaler, shape: tuple[int, int], generator: torch.Generator) -> _Member:
         """Return a member for (D, C) with random hidden layers and zero output (which a constant target never moves)."""
         sizes = [shape[0], *self._widths(), shape[1]]
         weights = [
@@ -263,13 +275,22 @@ class InfluenceNetwork:
             for before, after in pairwise(sizes[:-1])
         ]
         weights.append(torch.zeros(sizes[-2], sizes[-1], dtype=torch.float32))
-        return _Member(weights, [torch.zeros(size, dtype=torch.float32) for size in sizes[1:]])
+        return _Member(scaler, weights, [torch.zeros(size, dtype=torch.float32) for size in sizes[1:]])
 
-    def _train_member(self, number: int, tensors: tuple[Tensor, Tensor], *, rows: tuple[Tensor, Tensor]) -> _Member:
-        """Train one member on the first rows until the second ones stop improving; the best epoch is kept."""
-        (x, targets), (training, validation) = tensors, rows
+    def _train_member(
+        self, number: int, features: NDArray[np.float32], labels: NDArray[np.float64], *, mask: NDArray[np.bool_]
+    ) -> tuple[_Member, Tensor]:
+        """Train one member on the rows outside `mask` until those in it (B) stop improving; the best epoch is kept.
+
+        Returns:
+            The member, and its output (B, C) for the rows in `mask`, whose labels nothing but the stopping has seen.
+        """
+        scaler = FeatureScaler().fit(features[~mask], labels[~mask] if self.weigh_features else None)
+        x, targets = torch.from_numpy(scaler.transform(features)), torch.from_numpy(labels).float()
+        training, validation = torch.from_numpy(np.flatnonzero(~mask)), torch.from_numpy(mask)
+        x_validation, targets_validation = x[validation], targets[validation]
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]))
-        member = self._new_member((x.shape[1], targets.shape[1]), generator)
+        member = self._new_member(scaler, (x.shape[1], targets.shape[1]), generator)
         for parameter in member.parameters():
             parameter.requires_grad_(True)
         optimizer = torch.optim.AdamW(member.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
@@ -277,7 +298,7 @@ class InfluenceNetwork:
         for _ in range(self.max_epochs):
             self._train_epoch(member, optimizer, (x, targets, training), generator)
             with torch.no_grad():
-                error = float((member.output(x[validation]) - targets[validation]).square().mean())
+                error = float((member.output(x_validation) - targets_validation).square().mean())
             if not math.isfinite(error):
                 raise NotFiniteError(
                     f"training diverged with learning_rate={self.learning_rate!r}.",
@@ -290,7 +311,7 @@ class InfluenceNetwork:
                 stalled += 1
                 if stalled == self.patience:
                     break
-        return best
+        return best, best.output(x_validation)
 
     def _train_epoch(
         self,
@@ -316,11 +337,9 @@ def _own_settings() -> Iterator[None]:
         yield
 
 
-def _gate(members: list[_Member], held_out: list[Tensor], *, tensors: tuple[Tensor, Tensor], linear: Tensor) -> Tensor:
-    """Return the share (0 to 1) of the members beside the linear path that fits held-out labels best, per target."""
-    x, targets = tensors
-    rows = torch.cat(held_out)
-    linear, outputs = linear[rows], torch.cat([member.output(x[part]) for member, part in zip(members, held_out, strict=True)])
-    power = (outputs - linear).square().sum(dim=0)
-    gate = ((outputs - linear) * (targets[rows] - linear)).sum(dim=0) / power.clamp_min(torch.finfo(torch.float32).tiny)
-    return gate.clamp(0.0, 1.0)
+def _gate(targets: NDArray[np.float64], *, linear: NDArray[np.float64], outputs: Tensor) -> Tensor:
+    """Return the share (0 to 1) of the members' outputs beside the linear path's that fits labels best, per target (C,)."""
+    step = outputs.numpy() - linear.astype(np.float32)
+    power = np.square(step).sum(axis=0)
+    gate = (step * (targets - linear).astype(np.float32)).sum(axis=0) / np.maximum(power, np.finfo(np.float32).tiny)
+    return torch.from_numpy(gate.clip(0.0, 1.0))

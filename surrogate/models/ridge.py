@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from oracle.errors import InputError, check_choice
 from oracle.plugins import option
-from surrogate.linear import fit_ridge
+from surrogate.linear import fit_scaled_ridge
 from surrogate.models import (
     features_to_score,
     load_state,
@@ -38,7 +38,8 @@ class RidgeSurrogate:
     `alphas_` (C,) the penalties; `num_features_`.
 
     Cost:
-        One eigendecomposition of min(S, D) rows; seconds at 2,400 texts and 3,000 features.
+        One eigendecomposition of min(S, D) rows, and one for each of five folds where features are weighed: some
+        6 seconds at 2,400 texts and 1,700 features on one core.
     Limit:
         A large `alpha` predicts the middle label for every text.
     Paper:
@@ -72,8 +73,14 @@ class RidgeSurrogate:
         data = training_data(X, y, groups)
         self._label_scaler = LabelScaler(self.label_scale).fit(data.labels)
         scaled = self._label_scaler.transform(data.labels)
-        self._feature_scaler = FeatureScaler().fit(data.features, scaled if self.weigh_features else None)
-        ridge = fit_ridge(self._feature_scaler.transform(data.features), scaled, groups=data.groups, alpha=self.alpha)
+        self._feature_scaler, ridge = fit_scaled_ridge(
+            data.features,
+            scaled,
+            groups=data.groups,
+            keys=data.keys,
+            weigh_features=self.weigh_features,
+            alpha=self.alpha,
+        )
         self.weights_, self.intercept_, self.alphas_ = ridge.weights, ridge.intercept, ridge.alphas
         return self
 

@@ -1,24 +1,30 @@
 """A plain PyTorch training loop over packed texts: exact token counts, exact resume.
 
-The texts are put in an order that follows from their ids and the seed, joined with the end-of-text token and
-cut into rows of equal length; every number of tokens asked for is met to the row, however long the texts are.
-The rows of a whole run are a function of texts, seed and token count, so a run resumed from its checkpoint
-sees exactly the rows that it would have seen.
+The texts are put in an order that follows from their ids and the seed, joined with the tokenizer's
+end-of-text token (with nothing, where there is none) and cut into rows of equal length; the number of tokens
+asked for is rounded up to whole optimiser steps, however long the texts are. The rows of a whole run are a
+function of texts, seed and token count, so a run resumed from its checkpoint sees exactly the rows that it
+would have seen. A run is resumed only as itself: plan, texts, optimiser and the model it began with are kept
+beside the checkpoint and compared.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
 
-from oracle.artifacts import read_json, write_json
+from oracle.artifacts import read_json, require_same, write_json
 from oracle.encoding import IGNORED, EncodedText
 from oracle.errors import InputError, NotFiniteError, check_at_least
 from oracle.language_model import LanguageModel
@@ -32,13 +38,14 @@ class TrainingPlan:
     """How long and how to train.
 
     Attributes:
-        num_tokens: Tokens to train on, in all.
+        num_tokens: Tokens to train on, in all; rounded up to whole optimiser steps.
         row_tokens: Length of one packed row.
         rows_per_step: Rows per optimiser step.
         warmup_steps: Steps over which the learning rate rises from 0 to the optimiser's own.
         max_grad_norm: Clip gradients at this global norm.
         evaluate_every: Steps between evaluations; the first is before any step, the last after the last.
-        checkpoint_every: Steps between checkpoints, where a folder for them is given.
+        checkpoint_every: Steps between checkpoints, where a folder for them is given. It changes no result, so a
+            run may be continued with another value.
         seed: Decides the order of the texts.
     """
 
@@ -59,11 +66,20 @@ class TrainingPlan:
 
 @dataclass
 class TrainingCurve:
-    """What a run measured: at `steps`, after `tokens` training tokens, each evaluated loss in nats per target token."""
+    """What a run measured.
+
+    Attributes:
+        steps: Optimiser steps before each evaluation.
+        tokens: Training tokens before each evaluation.
+        losses: Each evaluation's losses by name, in nats per target token.
+        seconds: Wall-clock seconds of training, evaluations and checkpoints, over all processes that the run
+            took; work that a kill undid, and that was therefore done again, is counted once.
+    """
 
     steps: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     losses: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
 
     def column(self, name: str) -> list[float]:
         """One evaluated loss over the run."""
@@ -81,8 +97,16 @@ class TrainingCurve:
         return None
 
 
-def pack(encoded: Sequence[EncodedText], *, num_rows: int, row_tokens: int, separator: int, seed: int) -> np.ndarray:
+def pack(encoded: Sequence[EncodedText], *, num_rows: int, row_tokens: int, separator: int | None, seed: int) -> np.ndarray:
     """Join texts in seeded order, as often as needed, and cut the stream into rows.
+
+    Args:
+        encoded: The texts.
+        num_rows: Rows to fill.
+        row_tokens: Length of one row.
+        separator: Token after each text. It is predicted, and from it the first token of the next text. With None
+            nothing stands between two texts, and the first token of a text is not predicted.
+        seed: Decides the order.
 
     Shapes:
         (2, num_rows, row_tokens) int64: token ids, and labels with `IGNORED` where the loss does not count.
@@ -100,8 +124,13 @@ def pack(encoded: Sequence[EncodedText], *, num_rows: int, row_tokens: int, sepa
     needed = num_rows * row_tokens
     while len(ids) < needed:
         for index in rng.permutation(len(ordered)):
-            ids += [*ordered[index].input_ids, separator]
-            labels += [*ordered[index].labels, separator]
+            text = ordered[index]
+            if separator is None:
+                ids += text.input_ids
+                labels += [IGNORED, *text.labels[1:]] if text.labels else []
+            else:
+                ids += [*text.input_ids, separator]
+                labels += [*text.labels, separator]
             if len(ids) >= needed:
                 break
     return np.stack([np.array(ids[:needed]), np.array(labels[:needed])]).reshape(2, num_rows, row_tokens)
@@ -120,7 +149,8 @@ def train(
     """Train `lm` (which must have its optimiser) on texts, in place.
 
     Args:
-        lm: The model and its optimiser, with whatever state they have.
+        lm: The model and its optimiser, with whatever state they have. To continue a run, give them as they were
+            before its first step.
         texts: Anything `LanguageModel.encode` takes.
         plan: Tokens, batch, schedule.
         evaluate: Called every `plan.evaluate_every` steps; returns named losses.
@@ -130,8 +160,45 @@ def train(
 
     Raises:
         InputError: There is no optimiser or nothing to train on.
+        MismatchError: The run in `folder` began with another plan, other texts, another model or optimiser.
         NotFiniteError: The loss became NaN or infinite; the last checkpoint is kept.
     """
+    start_seconds = time.perf_counter()
+    run = _begin(lm, texts, plan, folder=folder)
+    curve, seconds_before = run.curve, run.curve.seconds
+    with track(title, plan.num_steps, unit="steps") as tracker:
+        tracker.advance(run.first_step)
+        for step in range(run.first_step, plan.num_steps + 1):
+            is_last = step == plan.num_steps
+            is_due = is_last or step % plan.evaluate_every == 0
+            if evaluate is not None and is_due and (not curve.steps or curve.steps[-1] < step):
+                _record(curve, lm, evaluate, step=step, plan=plan)
+                if stop is not None and stop(curve.losses[-1]):
+                    break
+            if is_last:
+                break
+            if folder is not None and step > run.first_step and step % plan.checkpoint_every == 0:
+                _save(lm, folder, run, step=step, spent=lambda: seconds_before + time.perf_counter() - start_seconds)
+            rows = run.rows[:, step * plan.rows_per_step : (step + 1) * plan.rows_per_step]
+            _step(lm, rows, plan, step=step, rates=run.rates)
+            tracker.advance()
+    curve.seconds = seconds_before + time.perf_counter() - start_seconds
+    return curve
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """A run as it stands before the first step of this process; `identity` is empty where no folder keeps it."""
+
+    rows: np.ndarray  # (2, rows, L)
+    rates: list[float]
+    identity: dict[str, Any]
+    curve: TrainingCurve
+    first_step: int
+
+
+def _begin(lm: LanguageModel, texts: Any, plan: TrainingPlan, *, folder: Path | None) -> _Run:
+    """Pack the rows of the whole run, and continue from the checkpoint in `folder` if there is one."""
     if lm.optimizer is None:
         raise InputError(
             "the model has no optimizer.",
@@ -139,37 +206,52 @@ def train(
             "pass torch.optim.AdamW(module.parameters(), lr=...).",
         )
     check_at_least("num_tokens", plan.num_tokens, 1)
-    separator = getattr(lm.tokenizer, "eos_token_id", None) or 0
+    encoded = lm.encode(texts)
+    separator = getattr(lm.tokenizer, "eos_token_id", None)
     rows = pack(
-        lm.encode(texts),
+        encoded,
         num_rows=plan.num_steps * plan.rows_per_step,
         row_tokens=plan.row_tokens,
         separator=separator,
         seed=plan.seed,
     )
-    curve, first_step = TrainingCurve(), 0
     rates = [float(group["lr"]) for group in lm.optimizer.param_groups]
+    identity = {} if folder is None else _identity(lm, plan, encoded, separator=separator)
+    run = _Run(rows=rows, rates=rates, identity=identity, curve=TrainingCurve(), first_step=0)
     if folder is not None and (folder / "state.json").exists():
-        curve, first_step, rates = _resume(lm, folder)
-    with track(title, plan.num_steps, unit="steps") as tracker:
-        tracker.advance(first_step)
-        for step in range(first_step, plan.num_steps + 1):
-            is_last = step == plan.num_steps
-            if (
-                evaluate is not None
-                and (is_last or step % plan.evaluate_every == 0)
-                and (not curve.steps or curve.steps[-1] < step)
-            ):
-                _record(curve, lm, evaluate, step=step, plan=plan)
-                if stop is not None and stop(curve.losses[-1]):
-                    break
-            if is_last:
-                break
-            if folder is not None and step > first_step and step % plan.checkpoint_every == 0:
-                _save(lm, folder, curve, step=step, rates=rates)
-            _step(lm, rows[:, step * plan.rows_per_step : (step + 1) * plan.rows_per_step], plan, step=step, rates=rates)
-            tracker.advance()
-    return curve
+        state = read_json(folder / "state.json")
+        require_same(state.get("identity", {}), identity, where=folder)
+        run.curve, run.first_step, run.rates = _resume(lm, folder, state)
+    return run
+
+
+def _identity(lm: LanguageModel, plan: TrainingPlan, encoded: Sequence[EncodedText], *, separator: int | None) -> dict[str, Any]:
+    """Everything that decides the result of a run, before its first step, as JSON values."""
+    assert lm.optimizer is not None
+    names: dict[Tensor, str] = {parameter: name for name, parameter in lm.module.named_parameters()}
+    texts = sorted((text.text_id, text.input_ids, text.labels) for text in encoded)
+    groups = [
+        {
+            **{key: value for key, value in group.items() if key != "params"},
+            "params": _digest([names.get(parameter, "") for parameter in group["params"]]),
+        }
+        for group in lm.optimizer.param_groups
+    ]
+    identity = {
+        **{key: value for key, value in asdict(plan).items() if key != "checkpoint_every"},
+        "separator": separator,
+        "texts": f"{len(texts)} texts, tokens {_digest(texts)}",
+        "model and optimizer state at the start": lm.fingerprint(optimizer=True),
+        "trainable parameters": _digest([name for parameter, name in names.items() if parameter.requires_grad]),
+        "optimizer": type(lm.optimizer).__name__,
+        "optimizer groups": groups,
+    }
+    plain = json.dumps(identity, default=lambda value: float(value) if isinstance(value, Tensor) else str(value))
+    return dict(json.loads(plain))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def _step(lm: LanguageModel, rows: np.ndarray, plan: TrainingPlan, *, step: int, rates: list[float]) -> None:
@@ -201,16 +283,18 @@ def _record(curve: TrainingCurve, lm: LanguageModel, evaluate: Evaluate, *, step
     curve.losses.append(losses)
 
 
-def _save(lm: LanguageModel, folder: Path, curve: TrainingCurve, *, step: int, rates: list[float]) -> None:
+def _save(lm: LanguageModel, folder: Path, run: _Run, *, step: int, spent: Callable[[], float]) -> None:
     """A checkpoint counts only once state.json names it, so a kill between the two loses nothing."""
     lm.save(folder / f"step-{step}")
+    run.curve.seconds = spent()
     write_json(
         folder / "state.json",
         {
             "step": step,
-            "rates": rates,
+            "identity": run.identity,
+            "rates": run.rates,
             "torch_random": torch.get_rng_state().tolist(),
-            "curve": {"steps": curve.steps, "tokens": curve.tokens, "losses": curve.losses},
+            "curve": asdict(run.curve),
         },
     )
     for other in folder.glob("step-*"):
@@ -224,22 +308,33 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _resume(lm: LanguageModel, folder: Path) -> tuple[TrainingCurve, int, list[float]]:
+def _resume(lm: LanguageModel, folder: Path, state: dict[str, Any]) -> tuple[TrainingCurve, int, list[float]]:
     """Load weights, optimiser and random state of the last checkpoint into `lm`, in place."""
     from oracle.checkpoints import load_checkpoint, load_optimizer
 
-    state = read_json(folder / "state.json")
     path = folder / f"step-{state['step']}"
     module, _ = load_checkpoint(path, dtype=next(lm.module.parameters()).dtype)
     optimizer = load_optimizer(path, module)
     assert optimizer is not None and lm.optimizer is not None
     lm.module.load_state_dict(module.state_dict())
-    own, loaded = dict(lm.module.named_parameters()), dict(module.named_parameters())
-    for name, parameter in own.items():
-        lm.optimizer.state[parameter] = {
-            key: value.to(lm.device) if value.shape == parameter.shape else value
-            for key, value in optimizer.state[loaded[name]].items()
-        }
+    loaded = dict(module.named_parameters())
+    names: dict[Tensor, str] = {parameter: name for name, parameter in lm.module.named_parameters()}
+    for group in lm.optimizer.param_groups:
+        for parameter in group["params"]:
+            slots = optimizer.state.get(loaded[names[parameter]], {}) if parameter in names else {}
+            live = lm.optimizer.state.pop(parameter, {})
+            if slots:
+                lm.optimizer.state[parameter] = {
+                    slot: value.to(_slot_device(slot, parameter, live=live.get(slot), group=group))
+                    for slot, value in slots.items()
+                }
     torch.set_rng_state(torch.tensor(state["torch_random"], dtype=torch.uint8))
-    curve = TrainingCurve(**state["curve"])
-    return curve, int(state["step"]), list(state["rates"])
+    return TrainingCurve(**state["curve"]), int(state["step"]), list(state["rates"])
+
+
+def _slot_device(slot: str, parameter: Tensor, *, live: Any, group: dict[str, Any]) -> torch.device:
+    """Where torch's optimisers keep a state tensor: the step count on the CPU, unless they run it on the device."""
+    if isinstance(live, Tensor):
+        return live.device
+    is_on_device = slot != "step" or group.get("fused") or group.get("capturable")
+    return parameter.device if is_on_device else torch.device("cpu")

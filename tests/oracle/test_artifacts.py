@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -93,6 +95,40 @@ def test_a_disk_that_is_really_full_is_said_so_for_json_and_for_safetensors(make
         assert not list(disk.iterdir())
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file-size limits are of POSIX")
+def test_a_limit_of_the_file_size_is_a_storage_error_for_safetensors_and_for_features(tmp_path):
+    script = textwrap.dedent("""
+        import resource, signal, sys
+        import numpy as np
+        from safetensors.numpy import save_file
+        from oracle.artifacts import atomic_folder
+        from oracle.errors import StorageError
+        from surrogate.feature_cache import FeatureCache
+        from surrogate.features.hashed_ngrams import HashedNgrams
+        from oracle.texts import read_texts
+        from pathlib import Path
+
+        folder = Path(sys.argv[1])
+        texts = read_texts([f"text {number}" for number in range(200)])
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        refused = 0
+        try:
+            with atomic_folder(folder / "checkpoint") as partial:
+                save_file({"a": np.ones(100_000, np.float32)}, partial / "model.safetensors")
+        except StorageError:
+            refused += 1
+        try:
+            FeatureCache(folder / "features").features(HashedNgrams(dim=256), texts)
+        except StorageError:
+            refused += 1
+        sys.exit(0 if refused == 2 else 3)
+    """)
+    answer = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert not list(tmp_path.rglob("*.npy")) and not list(tmp_path.rglob("*.partial"))
 
 
 def test_differences_are_listed_one_by_one(tmp_path):

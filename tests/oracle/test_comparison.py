@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ from oracle.labels import Labels
 
 
 def _labels(values, ids=None, names=("t",), halves=None):
-    values = np.asarray(values, dtype=np.float32).reshape(len(values), len(names))
+    values = np.asarray(values, dtype=np.float32).reshape(-1, len(names))
     ids = ids or [f"id{row}" for row in range(len(values))]
     halves = np.full((2, *values.shape), np.nan, dtype=np.float32) if halves is None else halves.astype(np.float32)
     return Labels(values, list(ids), list(names), "nats", halves)
@@ -74,3 +76,25 @@ def test_labels_refuse_wrong_shapes_and_missing_texts(tmp_path):
     with pytest.raises(FileNotFoundError, match="no complete labels"):
         Labels.load(tmp_path)
     assert Labels.from_values(np.ones((2, 1)), ["a", "b"], ["t"]).values.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("text_loss", "num_tokens", "text_id"), ("m", "m.half_a", "half_a.m"), ("value.m", "m", "extra.num_tokens")],
+    ids=str,
+)
+def test_labels_come_back_from_disk_whatever_their_targets_are_called(names, tmp_path):
+    rng = np.random.default_rng(0)
+    halves, columns = (
+        rng.normal(size=(2, 4, 3)),
+        {name: rng.normal(size=4).astype(np.float32) for name in ("text_loss", "num_tokens")},
+    )
+    labels = replace(_labels(rng.normal(size=12), ids=list("abcd"), names=names, halves=halves), columns=columns)
+    labels.save(tmp_path)
+    loaded = Labels.load(tmp_path)
+    assert loaded.target_names == list(names) and loaded.text_ids == list("abcd")
+    np.testing.assert_array_equal(loaded.values, labels.values)
+    np.testing.assert_array_equal(loaded.halves, labels.halves)
+    assert set(loaded.columns) == set(columns)
+    for name, column in columns.items():
+        np.testing.assert_array_equal(loaded.columns[name], column)

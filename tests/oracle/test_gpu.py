@@ -19,11 +19,7 @@ def test_labels_and_features_on_a_gpu_equal_those_on_the_cpu(kind, make_module, 
     for device in ("cpu", "cuda"):
         module = make_module(kind)
         optimizer = make_adamw(module, make_token_texts(4, seed=0))
-        module.to(device)
-        for slots in optimizer.state.values():
-            for slot in ("exp_avg", "exp_avg_sq"):
-                slots[slot] = slots[slot].to(device)
-        lm = oracle.LanguageModel(module, optimizer=optimizer, max_tokens=64)
+        lm = oracle.LanguageModel(module, optimizer=optimizer, max_tokens=64, device=device)
         assert lm.device.type == device
         before = lm.fingerprint(optimizer=True)
         for method in oracle.method_names():
@@ -39,3 +35,18 @@ def test_a_model_without_optimizer_goes_to_the_gpu_by_itself(make_module, make_t
     lm = oracle.LanguageModel(make_module("llama"), max_tokens=64)
     assert lm.device.type == "cuda"
     assert np.isfinite(lm.losses(make_token_texts(3, seed=1))).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"capturable": True}], ids=["plain", "fused", "capturable"])
+def test_a_loaded_optimiser_steps_on_a_gpu(options, make_module, make_token_texts, tmp_path):
+    module = make_module("llama")
+    lm = oracle.LanguageModel(module.to("cuda"), max_tokens=64)
+    lm.optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, **options)
+    sample, targets = make_token_texts(3, seed=1), {"a": make_token_texts(4, seed=2)}
+    lm.text_losses(next(lm.batches(lm.encode(sample)))).sum().backward()
+    lm.optimizer.step()
+    lm.optimizer.zero_grad()
+    lm.save(tmp_path)
+    loaded = oracle.LanguageModel.from_pretrained(tmp_path, max_tokens=64, device="cuda")
+    values = [oracle.label(each, sample, targets, method="one_step").values for each in (lm, loaded)]
+    np.testing.assert_allclose(values[1], values[0], rtol=1e-3, atol=1e-6)

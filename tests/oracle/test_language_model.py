@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 
 import oracle
+from oracle.checkpoints import place_state
 from oracle.encoding import IGNORED
 from oracle.errors import InputError, InputTypeError
 
@@ -160,3 +163,93 @@ def test_what_does_not_fit_is_refused(make_module, make_tokenizer, lm, tmp_path)
         oracle.LanguageModel.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="float32, bfloat16"):
         oracle.LanguageModel.from_pretrained(tmp_path, dtype="fp8")
+
+
+@pytest.mark.parametrize(
+    "change", [{"lr": 2e-3}, {"betas": (0.8, 0.999)}, {"eps": 1e-6}, {"weight_decay": 0.0}, {"maximize": True}], ids=str
+)
+def test_the_fingerprint_changes_with_every_hyper_parameter_of_the_optimiser(change, make_module):
+    module = make_module("llama")
+    prints = [
+        oracle.LanguageModel(
+            module, optimizer=torch.optim.AdamW(module.parameters(), **{"lr": 1e-3, **each}), max_tokens=64
+        ).fingerprint(optimizer=True)
+        for each in ({}, change, {"lr": torch.tensor(1e-3, dtype=torch.float64), "foreach": False}, {"lr": 0.001})
+    ]
+    assert prints[1] != prints[0] and prints[2] == prints[3] == prints[0]
+
+
+def test_the_fingerprint_knows_optimisers_without_state_apart_and_which_parameters_they_step(make_module):
+    module = make_module("llama")
+    every, first = list(module.parameters()), [next(module.parameters())]
+    optimizers = [
+        torch.optim.SGD(every, lr=0.1),
+        torch.optim.SGD(every, lr=0.1, momentum=0.9),
+        torch.optim.SGD(first, lr=0.1),
+        torch.optim.Adam(every, lr=0.1, weight_decay=0.01),
+        torch.optim.AdamW(every, lr=0.1, weight_decay=0.01),
+    ]
+    prints = {oracle.LanguageModel(module, optimizer=each, max_tokens=64).fingerprint(optimizer=True) for each in optimizers}
+    assert len(prints) == 5
+
+
+def test_a_tensor_learning_rate_and_an_empty_slot_are_saved_and_fingerprinted(make_module, tmp_path):
+    module = make_module("llama")
+    lm = oracle.LanguageModel(module, optimizer=torch.optim.AdamW(module.parameters(), lr=torch.tensor(0.5)), max_tokens=64)
+    lm.optimizer.state[next(module.parameters())]["momentum_buffer"] = None
+    lm.save(tmp_path)
+    loaded = oracle.LanguageModel.from_pretrained(tmp_path, max_tokens=64)
+    assert loaded.optimizer.param_groups[0]["lr"] == 0.5
+    assert loaded.fingerprint(optimizer=True) == lm.fingerprint(optimizer=True)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_optimiser_state_of_another_optimiser_than_adam_is_refused(momentum, make_module, tmp_path):
+    module = make_module("llama")
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=momentum)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    module(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    module.save_pretrained(tmp_path)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    with pytest.raises(InputError, match="not the state of Adam or AdamW"):
+        oracle.LanguageModel.from_pretrained(tmp_path, max_tokens=64)
+
+
+@pytest.mark.parametrize("is_capturable", [False, True])
+def test_the_optimisers_state_goes_where_its_parameter_is(is_capturable):
+    parameter = torch.nn.Parameter(torch.empty(3, device="meta"))
+    optimizer = torch.optim.AdamW([parameter], lr=1e-3)
+    optimizer.param_groups[0]["capturable"] = is_capturable
+    optimizer.state[parameter].update(step=torch.tensor(3.0), exp_avg=torch.ones(3), exp_avg_sq=torch.ones(3))
+    place_state(optimizer)
+    devices = {slot: value.device.type for slot, value in optimizer.state[parameter].items()}
+    assert devices == {"step": "meta" if is_capturable else "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
+
+
+def test_a_model_that_moves_takes_its_optimisers_state_along(make_module, make_token_texts, make_adamw, monkeypatch):
+    from oracle import language_model
+
+    module, placed = make_module("llama"), []
+    optimizer = make_adamw(module, make_token_texts(4, seed=0))
+    monkeypatch.setattr(language_model, "place_state", placed.append)
+    oracle.LanguageModel(module, optimizer=optimizer, max_tokens=64, device="cpu")
+    assert placed == [optimizer]
+
+
+def test_the_optimiser_of_a_new_module_cannot_be_given_before_it_is_loaded():
+    assert "optimizer" not in inspect.signature(oracle.LanguageModel.from_pretrained).parameters
+
+
+def test_the_tokenizers_fingerprint_follows_its_rules_and_not_its_calls(make_module, make_tokenizer, tmp_path):
+    lm = oracle.LanguageModel(make_module("llama", vocab_size=300), make_tokenizer(SENTENCES), max_tokens=64)
+    first = lm.tokenizer_fingerprint()
+    lm.tokenizer("Pack my box.", truncation=True, max_length=2)
+    lm.save(tmp_path)
+    assert lm.tokenizer_fingerprint() == first and len(first) == 16
+    assert oracle.LanguageModel.from_pretrained(tmp_path, max_tokens=64).tokenizer_fingerprint() == first
+    other = oracle.LanguageModel(lm.module, make_tokenizer([s[::-1] for s in SENTENCES]), max_tokens=64)
+    assert len(other.tokenizer) == len(lm.tokenizer) and other.tokenizer_fingerprint() != first
+    lm.tokenizer.chat_template = CHAT_TEMPLATE
+    assert lm.tokenizer_fingerprint() != first
+    assert oracle.LanguageModel(lm.module, max_tokens=64).tokenizer_fingerprint() == ""

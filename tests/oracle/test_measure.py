@@ -9,13 +9,14 @@ import sys
 import textwrap
 import time
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import oracle
-from oracle import plugins
+from oracle import measure, plugins
 from oracle.errors import InputError, MismatchError, NotFiniteError
 from oracle.measure import UnlabelableTextWarning
 
@@ -210,6 +211,104 @@ def test_target_subsampling_follows_the_seed_and_not_the_row_order(lm, make_toke
     )
     assert not np.allclose(oracle.label(lm, sample, {"t": rows}, seed=2, **settings).values, first.values, rtol=1e-2)
     assert first.meta["num_target_texts"] == {"t": 4}
+
+
+SENTENCES = ["The quick brown fox jumps over the lazy dog.", "Pack my box with five dozen liquor jugs."]
+
+
+def _change_lr(lm, make_tokenizer):
+    lm.optimizer.param_groups[0]["lr"] *= 2
+
+
+def _change_tokenizer(lm, make_tokenizer):
+    lm.tokenizer = make_tokenizer([sentence[::-1] for sentence in SENTENCES])
+
+
+def _freeze(lm, make_tokenizer):
+    lm.module.get_input_embeddings().weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (_change_lr, "checkpoint"),
+        (_change_tokenizer, "target_ids.*tokenizer"),
+        (_freeze, "trainable_parameters"),
+    ],
+)
+def test_labels_of_another_optimiser_tokenizer_or_set_of_trainable_parameters_are_refused(
+    change, named, make_module, make_tokenizer, make_token_texts, make_adamw, tmp_path
+):
+    module = make_module("llama", vocab_size=300)
+    optimizer = make_adamw(module, make_token_texts(4, seed=0))
+    lm = oracle.LanguageModel(module, make_tokenizer(SENTENCES), optimizer, max_tokens=64)
+    oracle.label(lm, SENTENCES, {"t": SENTENCES}, method="grad_dot", workdir=tmp_path)
+    change(lm, make_tokenizer)
+    with pytest.raises(MismatchError, match=named):
+        oracle.label(lm, SENTENCES, {"t": SENTENCES}, method="grad_dot", workdir=tmp_path)
+
+
+def test_another_tokenizer_of_the_sample_alone_is_refused(make_module, make_tokenizer, make_token_texts, tmp_path):
+    lm = oracle.LanguageModel(make_module("llama", vocab_size=300), make_tokenizer(SENTENCES), max_tokens=64)
+    targets = {"t": make_token_texts(3, seed=2)}
+    oracle.label(lm, SENTENCES, targets, method="grad_dot", workdir=tmp_path)
+    _change_tokenizer(lm, make_tokenizer)
+    with pytest.raises(MismatchError, match="tokenizer"):
+        oracle.label(lm, SENTENCES, targets, method="grad_dot", workdir=tmp_path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_labels_do_not_need_the_callers_gradient_mode(method, lm, targets, make_token_texts):
+    sample = make_token_texts(3, seed=1)
+    expected = oracle.label(lm, sample, targets, method=method)
+    with torch.no_grad():
+        found = oracle.label(lm, sample, targets, method=method)
+        assert not torch.is_grad_enabled()
+    assert found.values.tobytes() == expected.values.tobytes()
+
+
+def _ticks(monkeypatch):
+    """Make every block last one second."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+
+
+def test_flops_seconds_and_tokens_are_of_all_texts_that_have_labels(lm, targets, make_token_texts, tmp_path, monkeypatch):
+    _ticks(monkeypatch)
+    sample = make_token_texts(9, seed=1)
+    whole = oracle.label(lm, sample, targets, method="one_step", block_size=2).meta["cost"]
+    oracle.label(lm, sample[:8], targets, method="one_step", block_size=2, workdir=tmp_path)
+    grown = oracle.label(lm, sample[8:], targets, method="one_step", block_size=2, workdir=tmp_path).meta["cost"]
+    for key in ("label_flops", "num_tokens", "num_labelled", "label_seconds"):
+        assert grown[key] == whole[key], key
+    assert grown["num_labelled"] == 9 and grown["label_seconds"] == 5
+
+
+@pytest.mark.parametrize("dies_at", ["the labels", "the blocks' removal"])
+def test_a_kill_at_the_end_counts_no_second_twice(dies_at, lm, targets, make_token_texts, tmp_path, monkeypatch):
+    _ticks(monkeypatch)
+    sample = make_token_texts(8, seed=1)
+    settings = {"method": "grad_dot", "block_size": 2, "workdir": tmp_path}
+    oracle.label(lm, sample[:2], targets, **settings)
+    with monkeypatch.context() as patch:
+
+        def dies(*args, **options):
+            raise KeyboardInterrupt
+
+        if dies_at == "the labels":
+            patch.setattr("oracle.labels.to_table", dies)
+        else:
+            patch.setattr(measure.shutil, "rmtree", dies)
+        with pytest.raises(KeyboardInterrupt):
+            oracle.label(lm, sample[:6], targets, **settings)
+    oracle.label(lm, sample, targets, **settings)
+    assert oracle.Labels.load(tmp_path).meta["cost"]["label_seconds"] == 4
+    assert len(oracle.Labels.load(tmp_path)) == 8
+
+
+def test_preparing_costs_what_the_method_does(lm, targets, make_token_texts):
+    costs = {name: oracle.label(lm, make_token_texts(2, seed=1), targets, method=name).meta["cost"] for name in METHODS}
+    assert costs["one_step"]["prepare_flops"] * 3 == costs["grad_dot"]["prepare_flops"] * 2 > 0
 
 
 SCRIPT = textwrap.dedent("""

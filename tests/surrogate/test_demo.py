@@ -102,7 +102,11 @@ def test_a_finished_demo_is_not_done_again(whole):
     again = _run(folder)
     assert again["target_loss"] == report["target_loss"]
     assert again["cost"]["stages"] == report["cost"]["stages"]
-    changed = [path for path, time_ns in begin.items() if path.stat().st_mtime_ns != time_ns and not {"selection", "targets"} & set(path.parts)]
+    changed = [
+        path
+        for path, time_ns in begin.items()
+        if path.stat().st_mtime_ns != time_ns and not {"selection", "targets"} & set(path.parts)
+    ]
     assert not changed
 
 

@@ -65,7 +65,8 @@ def texts():
 
 
 def files_of(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: {**json.loads(data), "seconds": 0} if name.endswith(".cost.json") else data for name, data in files.items()}
 
 
 def test_cached_features_equal_encoded_ones_and_nothing_is_encoded_twice(tmp_path, texts):
@@ -92,6 +93,27 @@ def test_cost_is_added_to_what_is_there_and_a_hit_costs_nothing(tmp_path, texts)
     spent = dict(cost)
     cache.features(Counting(), texts, cost=cost)
     assert cost == spent and cost["flops"] == 251 and cost["num_encoded"] == 25
+
+
+def test_the_cost_of_all_cached_features_outlives_a_kill(tmp_path, texts):
+    cost = {}
+    with pytest.raises(RuntimeError, match="killed"):
+        FeatureCache(tmp_path).features(Counting(calls_left=3), texts, cost=cost)
+    assert FeatureCache(tmp_path).cost(Counting())["num_encoded"] == 12
+    FeatureCache(tmp_path).features(Counting(), texts, cost=cost)
+    total = FeatureCache(tmp_path).cost(Counting())
+    assert total["num_encoded"] == 25 and total["flops"] == 250 and total["seconds"] > cost["seconds"] > 0
+    assert set(FeatureCache(tmp_path).cost(Counting(scale=2)).values()) == {0.0}
+    with pytest.raises(MismatchError, match="encoder changed"):
+        FeatureCache(tmp_path).cost(Counting(state="b"))
+
+
+def test_blocks_are_plain_npy_files(tmp_path, texts):
+    features = FeatureCache(tmp_path).features(Counting(), texts.select(range(4)))
+    (path,) = tmp_path.rglob("*.npy")
+    ids = json.loads(path.with_suffix(".ids.json").read_text())
+    np.save(tmp_path / "plain.npy", features[[list(texts["text_id"]).index(text_id) for text_id in ids]])
+    assert path.read_bytes() == (tmp_path / "plain.npy").read_bytes()
 
 
 def test_killed_then_rerun_equals_never_killed_byte_for_byte(tmp_path, texts):

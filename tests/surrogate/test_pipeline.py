@@ -139,7 +139,8 @@ def test_a_finished_stage_is_read_and_a_changed_one_done_again(world, tmp_path, 
     assert run.fit(surrogate="ridge", lm=lm).fidelity_.as_dict() == first.fidelity_.as_dict()
     assert np.asarray(run.score("ridge", lm=lm)).tobytes() == np.asarray(scores).tobytes()
     costs = run.costs()
-    assert costs["labels"]["flops"] > 0 and costs["labels"]["num_texts"] == 40 and "fit ridge" in costs
+    assert costs["labels"]["flops"] > 0 and costs["labels"]["num_texts"] == 40
+    assert {"fit ridge", "score", "features hashed_ngrams", "features text_stats"} <= set(costs)
     run.label(lm, {"skill": world["target"]}, sample_size=40)
     assert run.costs()["labels"] == costs["labels"]  # looking at finished labels costs nothing
     with pytest.raises(TypeError):
@@ -165,3 +166,58 @@ def test_options_on_the_command_line():
     }
     with pytest.raises(InputError, match="option=value"):
         parse_options(["temperature"])
+
+
+def test_a_predictor_of_earlier_labels_is_not_used_silently(world, tmp_path):
+    run = Run(tmp_path)
+    run.set_pool(world["pool"])
+    lm = oracle.LanguageModel.from_pretrained(world["model"], max_tokens=128)
+    run.label(lm, {"skill": world["target"]}, sample_size=30)
+    run.fit(surrogate="ridge", lm=lm)
+    run.label(lm, {"skill": world["target"]}, sample_size=50)
+    with pytest.raises(MismatchError, match="fitted on other labels"):
+        run.score("ridge", lm=lm)
+    run.fit(surrogate="ridge", lm=lm)
+    assert len(run.score("ridge", lm=lm)) == 240
+
+
+def test_token_counts_come_with_the_model_also_after_scoring_without(world, tmp_path):
+    run = Run(tmp_path)
+    run.set_pool(world["pool"])
+    lm = oracle.LanguageModel.from_pretrained(world["model"], max_tokens=128)
+    run.label(lm, {"skill": world["target"]}, sample_size=40)
+    run.fit(surrogate="ridge")
+    assert run.score("ridge").num_tokens is None
+    with pytest.raises(InputError, match="without token counts"):
+        run.select(surrogate.Budget(tokens=500), allow_low_fidelity=True)
+    assert run.select(surrogate.Budget(tokens=500), lm=lm, allow_low_fidelity=True).num_tokens <= 500
+
+
+def test_a_proxy_by_path_measures_on_the_runs_targets(world, tmp_path):
+    run = Run(tmp_path)
+    run.set_pool(world["pool"])
+    lm = oracle.LanguageModel.from_pretrained(world["model"], max_tokens=128)
+    with_other_weights = oracle.LanguageModel.from_pretrained(world["model"], max_tokens=128)
+    with_other_weights.module.get_output_embeddings().weight.data.mul_(0.5)
+    with_other_weights.save(tmp_path / "proxy")
+    run.label(lm, {"skill": world["target"]}, sample_size=40, model_path=world["model"])
+    predictor = run.fit([f"model_state:model={tmp_path / 'proxy'},states=false"], "ridge", lm=lm)
+    assert predictor.encoders[0].feature_names()[-1] == "last_layer.skill"
+    assert len(run.score("ridge", lm=lm)) == 240  # the live model at hand is not taken for the proxy
+
+
+def test_scores_do_not_depend_on_the_blocks_they_are_predicted_in(world, tmp_path, monkeypatch):
+    texts = oracle.read_texts(world["pool"])
+    values = np.random.default_rng(0).normal(size=(len(texts), 1)) + np.array([[len(text)] for text in texts["text"]])
+    labels = oracle.Labels.from_values(values, texts["text_id"], ["t"])
+    predictor = surrogate.InfluencePredictor("text_stats", "ridge").fit(texts, labels)
+    whole = np.asarray(predictor.predict(texts))
+    monkeypatch.setattr("surrogate.predictor.ROWS_PER_BLOCK", 100)
+    np.testing.assert_allclose(np.asarray(predictor.predict(texts)), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["seed=3", "workdir=x", "simlarity=dot"])
+def test_an_option_that_the_method_lacks_is_refused_and_not_a_traceback(option, world, tmp_path):
+    refused = command("label", tmp_path / "run", "--pool", world["pool"], "--target", f"skill={world['target']}",
+                      "--model", world["model"], "--option", option, ok=1)  # fmt: skip
+    assert "is no option of 'grad_dot'" in refused["given"]

@@ -124,6 +124,11 @@ def test_the_model_of_model_state_is_saved_by_path_and_checked(make_module, make
     np.testing.assert_array_equal(given.predict(texts), predictor.predict(texts))
     other = oracle.LanguageModel(make_module("llama", vocab_size=300, rms_norm_eps=1e-3).train(), lm.tokenizer, max_tokens=64)
     other.module.get_output_embeddings().weight.data.add_(0.1)
+    by_path = surrogate.InfluencePredictor.load(
+        tmp_path / "predictor", lm=other
+    )  # not the model of the fit: the saved path has it
+    np.testing.assert_allclose(by_path.predict(texts), predictor.predict(texts), rtol=1e-4, atol=1e-5)
+    other.save(tmp_path / "checkpoint")
     with pytest.raises(MismatchError, match="fingerprint"):
         surrogate.InfluencePredictor.load(tmp_path / "predictor", lm=other)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from oracle.gradients.module_rules import UncoveredModuleError
-from oracle.gradients.products import GradientProducts, PerTextProducts, check_sum, dot_in_blocks
+from oracle.gradients.products import GradientProducts, PerTextProducts, dot_in_blocks, self_check
 from oracle.language_model import LanguageModel
 
 ARCHITECTURES = [
@@ -17,6 +17,14 @@ ARCHITECTURES = [
     ("llama", {}),
     ("llama", {"tie_word_embeddings": True, "attention_bias": True}),
     ("qwen3", {}),
+    ("opt", {}),
+    ("opt", {"tie_word_embeddings": False}),
+    ("gemma", {}),
+    ("gemma", {"tie_word_embeddings": False}),
+    ("gemma2", {}),
+    ("gemma3", {}),
+    ("phi", {}),
+    ("cohere", {}),
 ]
 
 
@@ -74,13 +82,38 @@ def test_the_pass_leaves_hooks_and_requires_grad_as_they_were(make_module, make_
 
 def test_the_self_check_sees_a_weight_used_outside_its_module(make_module, make_token_texts):
     lm, directions, batch = _setting("llama", {}, make_module, make_token_texts, num_directions=2)
-    assert check_sum(GradientProducts(lm.module, directions, lm.text_losses), batch) < 1e-5
+    assert self_check(GradientProducts(lm.module, directions, lm.text_losses), batch) < 1e-5
 
     def losses(batch):
         weight = lm.module.get_input_embeddings().weight
         return lm.text_losses(batch) + weight[batch.input_ids].square().mean((1, 2))
 
-    assert check_sum(GradientProducts(lm.module, directions, losses), batch) > 1e-3
+    assert self_check(GradientProducts(lm.module, directions, losses), batch) > 1e-3
+
+
+def test_the_self_check_sees_products_given_to_the_wrong_text(make_module, make_token_texts, monkeypatch):
+    lm, directions, batch = _setting("llama", {}, make_module, make_token_texts, num_directions=2)
+    add = GradientProducts.add_gradients
+
+    def add_reversed(engine, name, gradients, *, first=0):
+        add(engine, name, gradients.flip(0), first=first)
+
+    monkeypatch.setattr(GradientProducts, "add_gradients", add_reversed)
+    assert self_check(GradientProducts(lm.module, directions, lm.text_losses), batch) > 1e-2
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_the_row_of_the_padding_token_has_no_gradient(kind, norms, make_module, make_token_texts):
+    options = {"tie_word_embeddings": False, "pad_token_id": 5}
+    lm, directions, batch = _setting(kind, options, make_module, make_token_texts, num_directions=2)
+    batch.input_ids[:, 0] = 5
+    with GradientProducts(lm.module, directions, lm.text_losses, norms=norms) as engine:
+        fast = engine(batch)
+    truth = PerTextProducts(lm.module, directions, lm.text_losses, norms=norms)(batch)
+    torch.testing.assert_close(fast.products, truth.products, rtol=1e-4, atol=1e-4 * float(truth.products.abs().max()))
+    if norms:
+        torch.testing.assert_close(fast.square_norms, truth.square_norms, rtol=1e-4, atol=0)
 
 
 def test_a_module_that_gathers_tokens_is_refused(make_module, make_token_texts):

@@ -8,6 +8,9 @@ import torch
 
 import oracle
 from oracle.errors import InputError
+from oracle.gradients.module_rules import UncoveredModuleError
+from oracle.gradients.products import GradientProducts
+from oracle.methods.grad_dot import SlowRouteWarning
 
 
 def _lm(make_module, kind="llama", optimizer=None, **options):
@@ -72,6 +75,101 @@ def test_adam_grad_dot_is_the_part_of_a_small_adam_step_that_is_linear_in_the_te
     np.testing.assert_allclose(slope.values, step.values, rtol=0.02, atol=0.02 * np.abs(step.values).max())
 
 
+OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, {"momentum": 0.9}),
+    "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "dampening": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5}),
+    "sgd_maximize": (torch.optim.SGD, {"maximize": True}),
+    "adam": (torch.optim.Adam, {}),
+    "adamw": (torch.optim.AdamW, {"weight_decay": 0.1}),
+    "amsgrad": (torch.optim.AdamW, {"amsgrad": True}),
+    "adamw_maximize": (torch.optim.AdamW, {"maximize": True}),
+    "radam": (torch.optim.RAdam, {}),
+    "rmsprop": (torch.optim.RMSprop, {}),
+}
+
+
+@pytest.mark.parametrize("preconditioner", ["auto", "none"])
+@pytest.mark.parametrize("num_steps", [0, 3])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_values_in_nats_are_what_a_small_step_does(name, num_steps, preconditioner, make_module, make_token_texts):
+    module = make_module("gpt2").double()
+    kind, options = OPTIMIZERS[name]
+    optimizer = kind(module.parameters(), lr=1e-6, **options)
+    for row in make_token_texts(num_steps, seed=4):
+        ids = torch.tensor([row["input_ids"]])
+        module(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for slots in optimizer.state.values():
+        for scale, slot in ((1.0, "exp_avg_sq"), (3.0, "max_exp_avg_sq")):
+            if slot in slots:
+                slots[slot].add_(scale)  # moments so large that one text does not change them
+    lm = oracle.LanguageModel(module, optimizer=optimizer, max_tokens=64)
+    sample, targets = make_token_texts(8, seed=2), {"t": make_token_texts(6, seed=5)}
+    slope = oracle.label(lm, sample, targets, method="grad_dot", preconditioner=preconditioner)
+    step = oracle.label(lm, sample, targets, method="one_step", subtract_shared=num_steps > 0)
+    is_adam = name in ("adam", "adamw", "amsgrad", "adamw_maximize")
+    is_known = (is_adam and num_steps > 0 and preconditioner == "auto") or kind is torch.optim.SGD
+    assert slope.units == "nats per target token" + ("" if is_known else " per unit of learning rate")
+    if is_known:
+        np.testing.assert_allclose(slope.values, step.values, rtol=0.02, atol=0.02 * np.abs(step.values).max())
+    else:
+        assert np.corrcoef(slope.values[:, 0], step.values[:, 0])[0, 1] > 0.3  # the sign is right in any case
+
+
+def test_no_nats_are_claimed_where_parameters_step_differently(make_module, make_token_texts):
+    module = make_module("gpt2")
+    first, *others = module.parameters()
+    sample, targets = make_token_texts(3, seed=2), {"t": make_token_texts(3, seed=5)}
+    groups = [
+        [{"params": [first], "lr": 1e-3}, {"params": others, "lr": 1e-2}],
+        [{"params": others, "lr": 1e-2}],  # the first parameter does not step at all
+    ]
+    for own in groups:
+        lm = oracle.LanguageModel(module, optimizer=torch.optim.SGD(own), max_tokens=64)
+        assert oracle.label(lm, sample, targets, method="grad_dot").units.endswith("per unit of learning rate")
+
+
+def test_a_frozen_parameter_without_adam_state_is_no_obstacle(make_module, make_token_texts, make_adamw):
+    module = make_module("gpt2")
+    optimizer = make_adamw(module, make_token_texts(4, seed=0))
+    first = next(module.parameters())
+    first.requires_grad_(False)
+    optimizer.state[first] = {}
+    lm = oracle.LanguageModel(module, optimizer=optimizer, max_tokens=64)
+    labels = oracle.label(lm, make_token_texts(3, seed=2), {"t": make_token_texts(3, seed=5)}, method="grad_dot")
+    assert labels.meta["facts"]["preconditioner_used"] == "adam"
+    assert labels.units == "nats per target token"
+
+
+def test_a_batch_that_a_rule_refuses_goes_the_plain_way(make_module, make_token_texts, targets, monkeypatch):
+    lm, sample = _lm(make_module), make_token_texts(40, seed=2)
+    monkeypatch.setattr(oracle.LanguageModel, "default_batch_tokens", 200)
+    expected = oracle.label(lm, sample, targets, method="grad_dot")
+    measure, calls = GradientProducts.__call__, []
+
+    def refuses_the_fourth(engine, batch):
+        calls.append(batch)
+        if len(calls) == 4:
+            raise UncoveredModuleError("seen only now")
+        return measure(engine, batch)
+
+    monkeypatch.setattr(GradientProducts, "__call__", refuses_the_fourth)
+    with pytest.warns(SlowRouteWarning, match="seen only now"):
+        labels = oracle.label(lm, sample, targets, method="grad_dot")
+    assert len(calls) > 4
+    assert "seen only now" in labels.meta["facts"]["route"]
+    np.testing.assert_allclose(labels.values, expected.values, rtol=1e-3, atol=1e-5 * np.abs(expected.values).max())
+
+
+@pytest.mark.parametrize("kind", ["opt", "gemma", "gemma2", "gemma3", "phi", "cohere"])
+def test_common_architectures_take_the_batched_way(kind, make_module, make_token_texts, targets):
+    labels = oracle.label(_lm(make_module, kind), make_token_texts(6, seed=2), targets, method="grad_dot")
+    assert labels.meta["facts"]["route"] == "batched"
+    assert labels.meta["facts"]["self_check_relative_error"] < 1e-4
+
+
 def test_without_adam_state_auto_is_the_plain_product(make_module, make_token_texts):
     module = make_module("llama")
     lm = oracle.LanguageModel(module, optimizer=torch.optim.AdamW(module.parameters(), lr=1e-3), max_tokens=64)
@@ -131,7 +229,8 @@ def test_cosine_is_the_angle_and_ignores_length_of_the_gradient(make_module, mak
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
 def test_a_mixture_of_experts_goes_the_plain_way_and_says_so(similarity, make_module, make_token_texts, targets):
     lm, sample = _lm(make_module, "mixtral"), make_token_texts(4, seed=2)
-    labels = oracle.label(lm, sample, targets, method="grad_dot", similarity=similarity)
+    with pytest.warns(SlowRouteWarning, match="one backward pass per text"):
+        labels = oracle.label(lm, sample, targets, method="grad_dot", similarity=similarity)
     assert labels.meta["facts"]["route"].startswith("per_text")
     slow = oracle.label(lm, sample, targets, method="grad_dot", similarity=similarity, per_text=True)
     np.testing.assert_array_equal(labels.values, slow.values)

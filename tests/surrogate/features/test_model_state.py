@@ -23,8 +23,12 @@ def setting(make_module, make_token_texts):
 
 
 @pytest.mark.parametrize("has_adam", [False, True])
-def test_last_layer_influence_is_grad_dot_restricted_to_the_output_layer(has_adam, setting, make_token_texts, make_adamw):
-    lm, texts, targets = setting
+@pytest.mark.parametrize("kind", ["neox", "llama", "opt", "gemma", "gemma2", "gemma3", "phi", "cohere"])
+def test_last_layer_influence_is_grad_dot_restricted_to_the_output_layer(
+    kind, has_adam, setting, make_module, make_token_texts, make_adamw
+):
+    _, texts, targets = setting
+    lm = oracle.LanguageModel(make_module(kind, tie_word_embeddings=False), max_tokens=64)
     if has_adam:
         lm.optimizer = make_adamw(lm.module, make_token_texts(4, seed=0))
     encoder = ModelState(model=lm, targets=targets)
@@ -74,8 +78,10 @@ def test_states_and_statistics_equal_a_plain_computation(setting):
         assert features[row, names.index(name)] == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
 
 
-def test_the_mean_error_state_is_the_gradient_at_the_output_layers_input(setting):
-    lm, texts, _ = setting
+@pytest.mark.parametrize("kind", ["neox", "gemma2", "cohere"])
+def test_the_mean_error_state_is_the_gradient_at_the_output_layers_input(kind, setting, make_module):
+    _, texts, _ = setting
+    lm = oracle.LanguageModel(make_module(kind), max_tokens=64)
     encoder = ModelState(model=lm)
     names = encoder.feature_names()
     first = names.index("error.0")
@@ -102,7 +108,9 @@ def test_a_text_does_not_depend_on_its_batch_and_the_model_is_left_alone(setting
     alone = np.concatenate([encoder.encode(texts.select([row])) for row in range(len(texts))])
     np.testing.assert_allclose(whole, alone, rtol=1e-4, atol=1e-5)
     assert lm.fingerprint() == before and lm.module.training
-    assert not any(module._forward_pre_hooks for module in lm.module.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in lm.module.modules())
+    assert torch.is_grad_enabled()
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in lm.module.parameters())
 
 
 def test_the_cache_is_keyed_with_checkpoint_and_targets(setting, tmp_path):
@@ -117,6 +125,53 @@ def test_the_cache_is_keyed_with_checkpoint_and_targets(setting, tmp_path):
     second = cache.features(ModelState(model=lm, targets=targets), texts)
     assert not np.allclose(first, second)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_target_directions_follow_the_weights(setting, tmp_path):
+    lm, texts, targets = setting
+    encoder = ModelState(model=lm, targets=targets, states=False)
+    first = FeatureCache(tmp_path).features(encoder, texts)
+    optimizer = torch.optim.SGD(lm.module.parameters(), lr=0.5)
+    lm.text_losses(next(lm.batches(lm.encode(texts)))).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    second = FeatureCache(tmp_path).features(encoder, texts)
+    fresh = ModelState(model=lm, targets=targets, states=False).encode(texts)
+    np.testing.assert_array_equal(second, fresh)
+    assert not np.allclose(first, fresh)
+
+
+def test_the_key_covers_how_texts_become_ids(make_module, make_tokenizer):
+    module = make_module("neox", vocab_size=300)
+    one, two = make_tokenizer(["abc abd abe"] * 5), make_tokenizer(["xyz xyw xyv"] * 5)
+    models = [
+        oracle.LanguageModel(module, tokenizer, max_tokens=max_tokens)
+        for tokenizer, max_tokens in ((one, 64), (one, 32), (two, 64), (None, 64))
+    ]
+    assert len({ModelState(model=lm).key() for lm in models}) == len(models)
+
+
+@pytest.mark.parametrize("how", ["frozen", "empty slots"])
+def test_an_output_layer_without_adam_state_has_the_plain_product(how, setting, make_token_texts, make_adamw):
+    lm, texts, targets = setting
+    head = lm.module.get_output_embeddings()
+    optimizer = make_adamw(lm.module, make_token_texts(4, seed=0))
+    plain = ModelState(model=oracle.LanguageModel(lm.module, max_tokens=64), targets=targets).encode(texts)
+    if how == "frozen":
+        head.weight.requires_grad_(False)
+        del optimizer.state[head.weight]
+    else:
+        optimizer.state[head.weight] = {}
+    lm.optimizer = optimizer
+    np.testing.assert_array_equal(ModelState(model=lm, targets=targets).encode(texts), plain)
+
+
+def test_a_frozen_output_layer_with_adam_state_keeps_its_metric(setting, make_token_texts, make_adamw):
+    lm, texts, targets = setting
+    lm.optimizer = make_adamw(lm.module, make_token_texts(4, seed=0))
+    expected = ModelState(model=lm, targets=targets).encode(texts)
+    lm.module.get_output_embeddings().weight.requires_grad_(False)
+    np.testing.assert_array_equal(ModelState(model=lm, targets=targets).encode(texts), expected)
 
 
 def test_statistics_alone_are_seven_columns(setting):

@@ -6,8 +6,11 @@ import torch
 
 from oracle.errors import InputError, NotFiniteError
 from surrogate.fidelity import spearman
+from surrogate.models import training_data
 from surrogate.models.network import InfluenceNetwork
 from surrogate.models.ridge import RidgeSurrogate
+from surrogate.scaling import FeatureScaler, LabelScaler
+from surrogate.splits import grouped_holdout
 
 
 def data(kind, num_texts=400, num_features=100, seed=0):
@@ -42,6 +45,33 @@ def test_members_that_learned_nothing_are_gated_out():
     network = InfluenceNetwork(ensemble=2, max_epochs=1, learning_rate=1e-9).fit(X[:200], y)
     assert network.gate_[0] < 0.2
     assert spearman(network.predict(X)[:, 0], RidgeSurrogate().fit(X[:200], y).predict(X)[:, 0]) > 0.999
+
+
+def test_each_member_weighs_features_by_its_own_training_texts_alone():
+    X, y, _ = data("linear", 60)
+    network = InfluenceNetwork(ensemble=3, max_epochs=2).fit(X[:60], y)
+    checked = training_data(X[:60], y, None)
+    labels = LabelScaler("rank").fit(checked.labels).transform(checked.labels)
+    for number, member in enumerate(network.members_):
+        mask = grouped_holdout(checked.groups, fraction=0.2, seed=number, keys=checked.keys)
+        expected = FeatureScaler().fit(checked.features[~mask], labels[~mask])
+        for name, array in expected.arrays().items():
+            np.testing.assert_allclose(member.scaler.arrays()[name], array, rtol=1e-9)
+
+
+def test_on_noise_the_members_do_not_pass_for_learned_and_scores_stay_near_the_middle():
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(300, 1000)), rng.normal(size=(300, 2))
+    scores = InfluenceNetwork(ensemble=2, max_epochs=20, label_scale="none").fit(X, y).predict(X)
+    assert (scores.std(axis=0) < 0.5).all()
+
+
+@pytest.mark.parametrize("options", [{"linear_path": False}, {"weigh_features": False}, {"ensemble": 1}])
+def test_every_kind_of_network_is_saved_and_loaded(options, tmp_path):
+    X, y, _ = data("linear", 60)
+    network = InfluenceNetwork(**{"ensemble": 2, "max_epochs": 2, **options}).fit(X[:60], y)
+    network.save(tmp_path)
+    assert InfluenceNetwork.load(tmp_path).predict(X).tobytes() == network.predict(X).tobytes()
 
 
 @pytest.mark.parametrize("label_scale", ["rank", "robust", "none"])

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from oracle.errors import InputError
-from surrogate.linear import fit_ridge
+from surrogate.linear import NUM_FOLDS, fit_ridge, fit_scaled_ridge
+from surrogate.models import training_data
 from surrogate.models.ridge import RidgeSurrogate
 from surrogate.scaling import FeatureScaler
+from surrogate.splits import grouped_folds
 
 
 def data(num_texts, num_features, seed=0):
@@ -81,3 +83,38 @@ def test_weighing_features_keeps_many_empty_columns_from_drowning_a_few_telling_
         scores = RidgeSurrogate(weigh_features=weigh).fit(X[:300], labels[:300]).predict(X[300:])
         found[weigh] = np.corrcoef(scores[:, 0], labels[300:, 0])[0, 1]
     assert found[True] > found[False] + 0.05
+
+
+@pytest.mark.parametrize("weigh_features", [True, False])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_on_noise_held_out_predictions_explain_nothing(weigh_features, seed):
+    rng = np.random.default_rng(seed)
+    checked = training_data(rng.normal(size=(300, 1000)), rng.normal(size=(300, 2)), None)
+    _, fit = fit_scaled_ridge(
+        checked.features, checked.labels, groups=checked.groups, keys=checked.keys, weigh_features=weigh_features
+    )
+    r2 = 1 - np.square(checked.labels - fit.held_out).mean(axis=0) / checked.labels.var(axis=0)
+    assert (r2 < 0.03).all()  # the best of 33 penalties is a little lucky
+
+
+@pytest.mark.parametrize("shape", [(90, 12), (60, 100)])
+def test_held_out_predictions_of_weighed_features_equal_refitting_scaler_and_ridge_without_the_fold(shape):
+    X, y = data(*shape)
+    groups = np.arange(len(X)) // 3
+    checked = training_data(X, y, groups)
+    _, fit = fit_scaled_ridge(
+        checked.features, checked.labels, groups=checked.groups, keys=checked.keys, weigh_features=True, alpha=3.0
+    )
+    folds = grouped_folds(checked.groups, num_folds=NUM_FOLDS, seed=0, keys=checked.keys)
+    for fold in range(NUM_FOLDS):
+        out = folds == fold
+        scaler = FeatureScaler().fit(checked.features[~out], checked.labels[~out])
+        alone = fit_ridge(scaler.transform(checked.features[~out]), checked.labels[~out], groups=checked.groups[~out], alpha=3.0)
+        expected = scaler.transform(checked.features[out]) @ alone.weights + alone.intercept
+        np.testing.assert_allclose(fit.held_out[out], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_two_groups_are_enough_to_choose_a_penalty_for_weighed_features():
+    X, y = data(20, 30)
+    model = RidgeSurrogate().fit(X, y, groups=np.arange(20) // 19)
+    assert np.isfinite(model.predict(X)).all() and (model.alphas_ > 0).all()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import oracle
-from oracle.errors import InputError, NotFiniteError
-from surrogate.training.loop import TrainingCurve, TrainingPlan, pack, train
+from oracle.encoding import IGNORED, EncodedText
+from oracle.errors import InputError, MismatchError, NotFiniteError
+from surrogate.training.loop import TrainingCurve, TrainingPlan, _slot_device, pack, train
 
 PLAN = {
     "num_tokens": 12 * 2 * 16,
@@ -20,9 +24,10 @@ PLAN = {
 }
 
 
-def _lm(make_module):
+def _lm(make_module, **options):
     module = make_module("gpt2")
-    return oracle.LanguageModel(module, optimizer=torch.optim.AdamW(module.parameters(), lr=1e-2), max_tokens=64)
+    optimizer = torch.optim.AdamW(module.parameters(), **{"lr": 1e-2, **options})
+    return oracle.LanguageModel(module, optimizer=optimizer, max_tokens=64)
 
 
 def _evaluate(rows):
@@ -104,3 +109,93 @@ def test_what_cannot_train_is_refused(make_module, make_token_texts):
         next(lm.module.parameters()).fill_(float("nan"))
     with pytest.raises(NotFiniteError, match="training loss"):
         train(lm, make_token_texts(2, seed=1), TrainingPlan(**PLAN))
+
+
+def test_a_run_is_resumed_only_as_itself(make_module, make_token_texts, tmp_path):
+    rows, plan = make_token_texts(8, seed=1), TrainingPlan(**PLAN)
+    done = _lm(make_module)
+    train(done, rows, plan, folder=tmp_path)
+    assert json.loads((tmp_path / "state.json").read_text())["step"] == 10
+    changes = {"num_tokens": 99, "row_tokens": 8, "rows_per_step": 3, "warmup_steps": 0, "max_grad_norm": 2.0}
+    for name, value in {**changes, "evaluate_every": 3, "seed": 1}.items():
+        with pytest.raises(MismatchError, match=f"{name}: stored"):
+            train(_lm(make_module), rows, replace(plan, **{name: value}), folder=tmp_path)
+    with pytest.raises(MismatchError, match="texts: stored '8 texts"):
+        train(_lm(make_module), rows[:-1], plan, folder=tmp_path)
+    with pytest.raises(MismatchError, match="texts: stored '8 texts"):
+        shorter = _lm(make_module)
+        shorter.max_tokens = 8
+        train(shorter, rows, plan, folder=tmp_path)
+    with pytest.raises(MismatchError, match=r"0\.01.*0\.02"):
+        train(_lm(make_module, lr=2e-2), rows, plan, folder=tmp_path)
+    with pytest.raises(MismatchError, match="weight_decay"):
+        train(_lm(make_module, weight_decay=0.5), rows, plan, folder=tmp_path)
+    with pytest.raises(MismatchError, match="trainable parameters: stored"):
+        frozen = _lm(make_module)
+        next(frozen.module.parameters()).requires_grad_(False)
+        train(frozen, rows, plan, folder=tmp_path)
+    with pytest.raises(MismatchError, match="at the start: stored"):
+        other = _lm(make_module)
+        with torch.no_grad():
+            next(other.module.parameters()).view(-1)[0] += 1e-3
+        train(other, rows, plan, folder=tmp_path)
+    again = _lm(make_module)
+    train(again, rows, replace(plan, checkpoint_every=3), folder=tmp_path)
+    assert again.fingerprint(optimizer=True) == done.fingerprint(optimizer=True)
+
+
+def test_frozen_parameters_have_no_optimiser_state_after_a_resume(make_module, make_token_texts, tmp_path):
+    rows, plan, states = make_token_texts(8, seed=1), TrainingPlan(**PLAN), []
+    for _ in range(2):
+        lm = _lm(make_module)
+        frozen = next(lm.module.parameters())
+        frozen.requires_grad_(False)
+        train(lm, rows, plan, folder=tmp_path)
+        states.append((frozen in lm.optimizer.state, lm.fingerprint(optimizer=True)))
+    assert states[0] == states[1] and not states[0][0]
+
+
+def test_the_seconds_of_a_resumed_run_cover_the_processes_before_it(make_module, make_token_texts, tmp_path):
+    rows, plan = make_token_texts(8, seed=1), TrainingPlan(**PLAN)
+    curve = train(_lm(make_module), rows, plan, folder=tmp_path)
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert 0 < state["curve"]["seconds"] < curve.seconds
+    state["curve"]["seconds"] = 1000.0
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    again = train(_lm(make_module), rows, replace(plan, checkpoint_every=1), folder=tmp_path)
+    assert 1000 < again.seconds < 1100
+    assert 1000 < json.loads((tmp_path / "state.json").read_text())["curve"]["seconds"] < again.seconds
+
+
+def test_without_an_end_of_text_token_nothing_stands_between_texts(make_module, make_token_texts, monkeypatch):
+    texts = [EncodedText(str(index), [ids, ids + 1, ids + 2], [ids, ids + 1, ids + 2]) for index, ids in enumerate((10, 20))]
+    ids, labels = pack(texts, num_rows=1, row_tokens=12, separator=None, seed=0).reshape(2, 12)
+    assert set(ids.tolist()) == {10, 11, 12, 20, 21, 22} and not ({10, 20} & set(labels.tolist()))
+    assert (labels == IGNORED).sum() == 4 and ((labels == ids) | (labels == IGNORED)).all()
+    seen = []
+    monkeypatch.setattr(
+        "surrogate.training.loop.pack", lambda *args, **kwargs: seen.append(kwargs["separator"]) or pack(*args, **kwargs)
+    )
+    train(_lm(make_module), make_token_texts(2, seed=1), TrainingPlan(**PLAN))
+    assert seen == [None]
+
+
+@pytest.mark.parametrize("switch", ["fused", "capturable", None])
+def test_restored_optimiser_state_stands_where_torch_keeps_it(switch):
+    parameter = torch.empty(3, device="meta")
+    group = {"fused": None, "capturable": False, **({switch: True} if switch else {})}
+    assert _slot_device("exp_avg", parameter, live=None, group=group).type == "meta"
+    assert _slot_device("step", parameter, live=None, group=group).type == ("meta" if switch else "cpu")
+    assert _slot_device("step", parameter, live=torch.tensor(1.0), group=group).type == "cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("switch", ["fused", "capturable"])
+def test_a_run_resumes_on_cuda_with_its_step_count_on_the_device(make_module, make_token_texts, tmp_path, switch):
+    for _ in range(2):
+        module = make_module("gpt2").cuda()
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, **{switch: True})
+        lm = oracle.LanguageModel(module, optimizer=optimizer, max_tokens=64)
+        train(lm, make_token_texts(8, seed=1), TrainingPlan(**PLAN), folder=tmp_path)
+        assert {slots["step"].device.type for slots in optimizer.state.values()} == {"cuda"}
