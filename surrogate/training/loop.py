@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -299,18 +300,12 @@ def _save(lm: LanguageModel, folder: Path, run: _Run, *, step: int, spent: Calla
     )
     for other in folder.glob("step-*"):
         if other.name != f"step-{step}":
-            _remove(other)
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder)
+            shutil.rmtree(other)
 
 
 def _resume(lm: LanguageModel, folder: Path, state: dict[str, Any]) -> tuple[TrainingCurve, int, list[float]]:
     """Load weights, optimiser and random state of the last checkpoint into `lm`, in place."""
-    from oracle.checkpoints import load_checkpoint, load_optimizer
+    from oracle.checkpoints import load_checkpoint, load_optimizer, place_state
 
     path = folder / f"step-{state['step']}"
     module, _ = load_checkpoint(path, dtype=next(lm.module.parameters()).dtype)
@@ -322,19 +317,9 @@ def _resume(lm: LanguageModel, folder: Path, state: dict[str, Any]) -> tuple[Tra
     for group in lm.optimizer.param_groups:
         for parameter in group["params"]:
             slots = optimizer.state.get(loaded[names[parameter]], {}) if parameter in names else {}
-            live = lm.optimizer.state.pop(parameter, {})
+            lm.optimizer.state.pop(parameter, None)
             if slots:
-                lm.optimizer.state[parameter] = {
-                    slot: value.to(_slot_device(slot, parameter, live=live.get(slot), group=group))
-                    for slot, value in slots.items()
-                }
+                lm.optimizer.state[parameter] = dict(slots)
+    place_state(lm.optimizer)
     torch.set_rng_state(torch.tensor(state["torch_random"], dtype=torch.uint8))
     return TrainingCurve(**state["curve"]), int(state["step"]), list(state["rates"])
-
-
-def _slot_device(slot: str, parameter: Tensor, *, live: Any, group: dict[str, Any]) -> torch.device:
-    """Where torch's optimisers keep a state tensor: the step count on the CPU, unless they run it on the device."""
-    if isinstance(live, Tensor):
-        return live.device
-    is_on_device = slot != "step" or group.get("fused") or group.get("capturable")
-    return parameter.device if is_on_device else torch.device("cpu")

@@ -12,7 +12,7 @@ import torch
 import oracle
 from oracle.encoding import IGNORED, EncodedText
 from oracle.errors import InputError, MismatchError, NotFiniteError
-from surrogate.training.loop import TrainingCurve, TrainingPlan, _slot_device, pack, train
+from surrogate.training.loop import TrainingCurve, TrainingPlan, pack, train
 
 PLAN = {
     "num_tokens": 12 * 2 * 16,
@@ -178,15 +178,6 @@ def test_without_an_end_of_text_token_nothing_stands_between_texts(make_module, 
     )
     train(_lm(make_module), make_token_texts(2, seed=1), TrainingPlan(**PLAN))
     assert seen == [None]
-
-
-@pytest.mark.parametrize("switch", ["fused", "capturable", None])
-def test_restored_optimiser_state_stands_where_torch_keeps_it(switch):
-    parameter = torch.empty(3, device="meta")
-    group = {"fused": None, "capturable": False, **({switch: True} if switch else {})}
-    assert _slot_device("exp_avg", parameter, live=None, group=group).type == "meta"
-    assert _slot_device("step", parameter, live=None, group=group).type == ("meta" if switch else "cpu")
-    assert _slot_device("step", parameter, live=torch.tensor(1.0), group=group).type == "cpu"
 
 
 @pytest.mark.gpu
