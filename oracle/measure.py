@@ -95,8 +95,21 @@ def label(
         columns, cost = _prepare(oracle_method, lm, target_sets, seed=seed, halves=halves)
         cost["num_measured_now"] = _measure_blocks(oracle_method, encoded, store, block_size=block_size)
     cost |= _label_cost(oracle_method, columns, store)
-    meta = {**identity, **_counts(encoded, columns), "facts": oracle_method.facts(), "cost": cost, "provenance": provenance()}
+    facts = oracle_method.facts()
+    meta = {
+        **identity,
+        **_counts(encoded, columns),
+        "model": model_identity(lm),
+        "facts": facts,
+        "cost": cost,
+        "provenance": provenance(),
+    }
     return store.finish(texts["text_id"], units=oracle_method.units, meta=meta)
+
+
+def model_identity(lm: LanguageModel) -> dict[str, Any]:
+    """Say which model this is (`kind`: class and size) and at which weights."""
+    return {"kind": f"{type(lm.module).__name__} of {lm.num_parameters} parameters", "weights": lm.fingerprint()}
 
 
 def method_names() -> list[str]:

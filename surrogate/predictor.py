@@ -96,22 +96,27 @@ class InfluencePredictor:
         self.cost_["feature_flops"] += spent.get("flops", 0.0)
         return features
 
-    def fit(self, sample: Any, labels: Labels, *, sources: Sequence[str] | None = None) -> InfluencePredictor:
+    def fit(
+        self, sample: Any, labels: Labels, *, sources: Sequence[str] | None = None, allow_stale: bool = False
+    ) -> InfluencePredictor:
         """Fit on labelled texts and measure held-out fidelity.
 
         Args:
             sample: The labelled texts (anything `read_texts` takes); texts without a label are left out.
             labels: Their labels, joined by text_id.
             sources: Where each text of `sample` comes from; None takes its column `source`, if it has one.
+            allow_stale: Accept labels that were measured at another checkpoint of the model whose features are used.
 
         Returns:
             self.
 
         Raises:
-            MismatchError: The labels are of other texts.
+            MismatchError: The labels are of other texts, or of another checkpoint of the model behind `model_state` features.
             InputError: Too few labelled texts.
         """
         texts = read_texts(sample)
+        if not allow_stale:
+            _check_checkpoint(self.encoders, labels)
         if sources is not None and len(sources) != len(texts):
             raise InputError(
                 f"{len(sources)} sources for {len(texts)} texts.", "one source per text", "give one for each row of the sample."
@@ -245,6 +250,24 @@ class InfluencePredictor:
 
     def _add(self, key: str, amount: float) -> None:
         self.cost_[key] += amount
+
+
+def _check_checkpoint(encoders: Sequence[Encoder], labels: Labels) -> None:
+    """Refuse features of one checkpoint beside labels of another; a proxy is a model of another kind or size."""
+    from oracle.measure import model_identity
+
+    measured = labels.meta.get("model")
+    for encoder in encoders:
+        if measured is None or not encoder.needs_model:
+            continue
+        own = model_identity(encoder.lm)  # type: ignore[attr-defined]
+        if own["kind"] == measured["kind"] and own["weights"] != measured["weights"]:
+            raise MismatchError(
+                f"the labels were measured at checkpoint {measured['weights']} of a {measured['kind']}, "
+                f"the features are of its checkpoint {own['weights']}.",
+                "labels and features of one checkpoint, or a proxy of another size",
+                "label again at this checkpoint, use the checkpoint of the labels, or pass allow_stale=True.",
+            )
 
 
 def strings_of(texts: Dataset) -> list[str]:

@@ -197,9 +197,8 @@ def test_a_proxy_by_path_measures_on_the_runs_targets(world, tmp_path):
     run = Run(tmp_path)
     run.set_pool(world["pool"])
     lm = oracle.LanguageModel.from_pretrained(world["model"], max_tokens=128)
-    with_other_weights = oracle.LanguageModel.from_pretrained(world["model"], max_tokens=128)
-    with_other_weights.module.get_output_embeddings().weight.data.mul_(0.5)
-    with_other_weights.save(tmp_path / "proxy")
+    small = build_model("llama", vocabulary_size=320, width=8, num_layers=1, num_heads=2, context=128)
+    oracle.LanguageModel(small, lm.tokenizer, max_tokens=128).save(tmp_path / "proxy")
     run.label(lm, {"skill": world["target"]}, sample_size=40, model_path=world["model"])
     predictor = run.fit([f"model_state:model={tmp_path / 'proxy'},states=false"], "ridge", lm=lm)
     assert predictor.encoders[0].feature_names()[-1] == "last_layer.skill"

@@ -133,6 +133,22 @@ def test_the_model_of_model_state_is_saved_by_path_and_checked(make_module, make
         surrogate.InfluencePredictor.load(tmp_path / "predictor", lm=other)
 
 
+def test_live_features_of_another_checkpoint_than_the_labels_are_refused(make_module, make_tokenizer):
+    texts, _ = planted(24)
+    tokenizer = make_tokenizer(texts["text"])
+    lm = oracle.LanguageModel(make_module("llama", vocab_size=300), tokenizer, max_tokens=64)
+    labels = oracle.label(lm, texts, {"math": WORDS[0]}, method="grad_dot")
+    moved = oracle.LanguageModel(make_module("llama", vocab_size=300), tokenizer, max_tokens=64)
+    moved.module.get_output_embeddings().weight.data.mul_(1.01)
+    predictor = surrogate.InfluencePredictor([ModelState(model=moved)], "ridge", num_folds=2)
+    with pytest.raises(MismatchError, match="labels were measured at checkpoint"):
+        predictor.fit(texts, labels)
+    predictor.fit(texts, labels, allow_stale=True)
+    surrogate.InfluencePredictor([ModelState(model=lm)], "ridge", num_folds=2).fit(texts, labels)
+    proxy = oracle.LanguageModel(make_module("neox", vocab_size=300), tokenizer, max_tokens=64)
+    surrogate.InfluencePredictor([ModelState(model=proxy)], "ridge", num_folds=2).fit(texts, labels)
+
+
 def test_what_cannot_be_used_is_refused(fitted, tmp_path):
     with pytest.raises(InputError, match="did you mean 'hashed_ngrams'"):
         surrogate.InfluencePredictor("hashed_ngram")
