@@ -46,12 +46,17 @@ class TargetColumns:
         """Padded tokens of one evaluation of all target sets."""
         return sum(batch.input_ids.numel() for batch in self.batches)
 
-    def combine(self, parts: np.ndarray) -> np.ndarray:
-        """Turn values of the parts (..., K) into values of the target sets (..., C), weighted by tokens."""
+    @property
+    def shares(self) -> np.ndarray:
+        """Each part's share of its target set's tokens: (K, C), columns add up to 1."""
         weights = np.zeros((len(self.parts), len(self.names)))
         for part, target in enumerate(self.parts):
             weights[part, target] = self.part_tokens[part]
-        return parts @ (weights / weights.sum(0))
+        return weights / weights.sum(0)
+
+    def combine(self, parts: np.ndarray) -> np.ndarray:
+        """Turn values of the parts (..., K) into values of the target sets (..., C), weighted by tokens."""
+        return parts @ self.shares
 
     def halves(self, parts: np.ndarray) -> np.ndarray:
         """Arrange values of the parts (..., K) as (2, ..., C); NaN for a target set that has no halves."""

@@ -102,8 +102,7 @@ class GradDot:
         self.step_size_ = _step_size(lm, is_adam=self.is_adam_)
         if moments is not None:
             for name, direction in directions.items():
-                root, eps = moments[name]
-                direction /= root + eps
+                moments[name].precondition(direction, columns.shares)
         for name in maximised(lm) & set(directions):
             directions[name].neg_()
         self.direction_norms_ = _norms(columns, directions)  # whole (C,) and halves (2, C), for the cosine
@@ -190,11 +189,42 @@ class GradDot:
         return whole * scale[:, None], halves * scale[None, :, None]
 
 
-def adam_moments(lm: LanguageModel) -> dict[str, tuple[Tensor, float]] | None:
+@dataclass(frozen=True)
+class SecondMoments:
+    """What Adam's next step divides one parameter's gradient by.
+
+    Attributes:
+        square: Bias-corrected second moments after the decay of that step, of the parameter's shape.
+        new_weight: Weight of a new gradient's square in them.
+        eps: The optimiser's own.
+    """
+
+    square: Tensor
+    new_weight: float
+    eps: float
+
+    def precondition(self, directions: Tensor, shares: np.ndarray) -> None:
+        """Divide target gradients (K, *shape) in place by the root of the moments after a step on the target itself.
+
+        Where training has hardly touched a weight (the embedding of a rare token) its moments are near 0, and the bare
+        division would blow the target's gradient up without bound, which a real step, squaring the new gradient too,
+        never does. Elsewhere the target's square adds next to nothing.
+
+        Args:
+            directions: Gradients of K target parts.
+            shares: (K, C) each part's share of its target set; parts of one set are divided by the same.
+        """
+        for share in torch.from_numpy(shares).to(directions).T:
+            rows = share.nonzero().flatten()
+            whole = torch.tensordot(share[rows], directions[rows], dims=1)
+            directions[rows] /= (self.square + self.new_weight * whole.square()).sqrt() + self.eps
+
+
+def adam_moments(lm: LanguageModel) -> dict[str, SecondMoments] | None:
     """Return what the next step divides each trainable parameter's gradient by (see `second_moments`).
 
     Returns:
-        Parameter name -> (root, eps) for every trainable parameter; None if the optimiser has no Adam state.
+        Parameter name -> moments of every trainable parameter; None if the optimiser has no Adam state.
 
     Raises:
         InputError: The optimiser has moments for some of the trainable parameters only.
@@ -211,15 +241,15 @@ def adam_moments(lm: LanguageModel) -> dict[str, tuple[Tensor, float]] | None:
     return found or None
 
 
-def second_moments(lm: LanguageModel) -> dict[str, tuple[Tensor, float]]:
-    """Return what the next Adam step divides by, this text's own square left out: the root of the second moments, and eps.
+def second_moments(lm: LanguageModel) -> dict[str, SecondMoments]:
+    """Return the second moments that the next Adam step divides by, this text's own square left out.
 
     With `amsgrad` that is the largest second moment so far.
 
     Returns:
-        Parameter name -> (root, eps) for the parameters with Adam state, trainable or not.
+        Parameter name -> moments of the parameters with Adam state, trainable or not.
     """
-    found: dict[str, tuple[Tensor, float]] = {}
+    found: dict[str, SecondMoments] = {}
     names = {p: name for name, p in lm.module.named_parameters()}
     for group in [] if lm.optimizer is None else lm.optimizer.param_groups:
         for parameter in group["params"]:
@@ -231,7 +261,7 @@ def second_moments(lm: LanguageModel) -> dict[str, tuple[Tensor, float]]:
             moments = slots["exp_avg_sq"].float() * decay
             if group.get("amsgrad"):
                 moments = torch.maximum(slots["max_exp_avg_sq"].float(), moments)
-            found[names[parameter]] = ((moments / correction).sqrt(), float(group["eps"]))
+            found[names[parameter]] = SecondMoments(moments / correction, (1.0 - decay) / correction, float(group["eps"]))
     return found
 
 

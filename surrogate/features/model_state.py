@@ -250,8 +250,7 @@ class ModelState:
         is_adam = all(name in moments for name in own.values())
         for key, name in own.items():
             if is_adam:
-                root, eps = moments[name]
-                directions[key] /= root + eps
+                moments[name].precondition(directions[key], np.eye(len(directions[key])))
             if name in maximised(self.lm):
                 directions[key].neg_()
         self._directions = directions

@@ -259,3 +259,18 @@ def test_methods_say_what_they_lack(make_module, make_token_texts, targets):
         oracle.label(lm, make_token_texts(2, seed=1), targets, method="grad_dot", similarty="dot")
     with pytest.raises(InputError, match="no effect"):
         oracle.label(lm, make_token_texts(2, seed=1), targets, method="grad_dot", similarity="cosine", max_grad_norm=1.0)
+
+
+def test_weights_that_training_never_touched_do_not_blow_labels_up(make_module, make_token_texts, make_adamw):
+    """The embedding rows of unseen tokens have second moments of exactly 0."""
+    module = make_module("gpt2", tie_word_embeddings=False)
+    seen = [{"input_ids": [token % 50 + 3 for token in row["input_ids"]]} for row in make_token_texts(60, seed=4)]
+    optimizer = make_adamw(module, seen, num_steps=20, lr=1e-4, texts_per_step=3)
+    lm = oracle.LanguageModel(module, optimizer=optimizer, max_tokens=64)
+    sample, targets = make_token_texts(30, seed=2), {"t": make_token_texts(10, seed=5)}
+    unseen = module.transformer.wte.weight[150]
+    assert float(optimizer.state[module.transformer.wte.weight]["exp_avg_sq"][150].abs().max()) == 0.0 and unseen.numel()
+    step = oracle.label(lm, sample, targets, method="one_step", subtract_shared=True)
+    slope = oracle.label(lm, sample, targets, method="grad_dot")
+    assert np.abs(slope.values).max() < 10 * np.abs(step.values).max()
+    assert oracle.agreement(step, slope)["t"].spearman > 0.5
