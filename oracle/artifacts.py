@@ -46,7 +46,7 @@ def storing(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         raise StorageError(
             f"cannot write {path}: {error.strerror}.",
             "a folder that may be written",

@@ -37,6 +37,12 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype) -> tuple[nn.Module,
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     is_folder = Path(path).is_dir()
+    if not is_folder and (str(path).startswith((".", "/", "~")) or str(path).count("/") > 1):
+        raise MissingFileError(
+            f"there is no folder {str(path)!r}.",
+            "a folder written by save_pretrained, the Trainer or LanguageModel.save, or a name on the Hugging Face hub",
+            "check the path.",
+        )
     try:
         with _without_bars():
             module = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype)

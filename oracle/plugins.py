@@ -16,6 +16,13 @@ from typing import Any
 
 from oracle.errors import InputError, check_choice, closest
 
+KIND_NAMES = {
+    "oracle.methods": "method",
+    "surrogate.features": "encoder",
+    "surrogate.models": "surrogate",
+    "surrogate.rules": "rule",
+}
+
 
 def option(default: Any, help_text: str) -> Any:
     """Declare an option of a plug-in: a dataclass field with its default and one sentence of help."""
@@ -36,7 +43,7 @@ def load(package: str, name: str) -> type:
     Raises:
         InputError: There is no such plug-in; the message lists those that there are.
     """
-    check_choice(package.rpartition(".")[2].removesuffix("s"), name, names(package))
+    check_choice(KIND_NAMES.get(package, "plug-in"), name, names(package))
     module = importlib.import_module(f"{package}.{name}")
     classes = [
         member

@@ -96,7 +96,7 @@ def open_source(source: Source, *, text_column: str, split: str, limit: int | No
         parts: list[Rows | pa.Table] = []
         for location in source:
             parts += _read_location(os.fspath(location), split, _left(limit, parts))
-        return _merge(parts, f"{len(source)} paths from {source[0]} on")
+        return _merge(parts, str(source[0]) if len(source) == 1 else f"{len(source)} paths from {source[0]} on")
     _check_split_unused(split)
     if isinstance(source, datasets.Dataset):
         return _merge([source.with_format("arrow")[:limit]], "a Dataset")

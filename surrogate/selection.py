@@ -69,9 +69,9 @@ class Budget:
         given = {name: value for name, value in asdict(self).items() if value is not None}
         if len(given) != 1:
             raise InputError(
-                f"a budget with {', '.join(given) or 'nothing'} set.",
+                f"a budget with {' and '.join(given) or 'nothing'} set.",
                 "exactly one of tokens, texts, fraction",
-                "write for example Budget(fraction=0.2).",
+                "give one: Budget(fraction=0.2) in Python, --fraction 0.2 on the command line.",
             )
         name, value = next(iter(given.items()))
         is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
@@ -88,7 +88,7 @@ class Budget:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Selection:
     """What was kept, best first.
 
@@ -117,6 +117,10 @@ class Selection:
 
     def __len__(self) -> int:
         return len(self.text_ids)
+
+    def __repr__(self) -> str:
+        rule = self.meta.get("rule")
+        return f"Selection({self.num_texts} of {self.counts['pool']} texts, {self.num_tokens} tokens, rule={rule!r})"
 
     @property
     def num_texts(self) -> int:

@@ -36,20 +36,16 @@ def label_stage(
 ) -> dict[str, Any]:
     """Label a sample with a model from a folder or the hub."""
     from oracle.language_model import LanguageModel
+    from oracle.targets import read_targets
 
+    accepted = plugin_options("oracle.methods", method, options, also=LABEL_OPTIONS)
+    target_sets = {target.name: target for target in read_targets(read_target_paths(parse_targets(targets)))}
+    lm = LanguageModel.from_pretrained(model, max_tokens=max_tokens, dtype=dtype)
+    for target in target_sets.values():
+        lm.encode(target.texts)  # refuses what the model cannot read before the folder is bound to a pool
     run = Run(folder)
     pool_summary = give_pool(run, pool, text_column)
-    paths = parse_targets(targets)
-    lm = LanguageModel.from_pretrained(model, max_tokens=max_tokens, dtype=dtype)
-    labels = run.label(
-        lm,
-        read_target_paths(paths),
-        sample_size=sample_size,
-        method=method,
-        seed=seed,
-        model_path=model,
-        **plugin_options("oracle.methods", method, options, also=LABEL_OPTIONS),
-    )
+    labels = run.label(lm, target_sets, sample_size=sample_size, method=method, seed=seed, model_path=model, **accepted)
     return {"run_folder": str(folder), **pool_summary, **describe_labels(labels)}
 
 
@@ -191,6 +187,8 @@ def describe_labels(labels: Labels) -> dict[str, Any]:
     }
     return {
         "labelled": len(labels),
+        "num_without_target_token": labels.meta["num_without_target_token"],
+        "num_truncated": labels.meta["num_truncated"],
         "units": labels.units,
         "labels": summary,
         "noise_ceiling": noise_ceiling(labels),

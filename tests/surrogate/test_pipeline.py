@@ -220,3 +220,18 @@ def test_an_option_that_the_method_lacks_is_refused_and_not_a_traceback(option, 
     refused = command("label", tmp_path / "run", "--pool", world["pool"], "--target", f"skill={world['target']}",
                       "--model", world["model"], "--option", option, ok=1)  # fmt: skip
     assert "is no option of 'grad_dot'" in refused["given"]
+
+
+def test_a_refused_first_command_leaves_the_folder_free_for_another_pool(world, tmp_path):
+    run = tmp_path / "run"
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}) + "\n")
+    arguments = ["--model", world["model"], "--sample-size", 20, "--pool", world["pool"]]
+    assert "chat template" in command("label", run, *arguments, "--target", f"t={chat}", ok=1)["given"]
+    assert (
+        "no folder"
+        in command("label", run, *arguments[2:], "--model", "./nothing", "--target", f"t={world['target']}", ok=1)["given"]
+    )
+    assert not run.exists()
+    labelled = command("label", run, *arguments, "--target", f"t={world['target']}")
+    assert labelled["labelled"] == 20 and labelled["num_without_target_token"] == 0
