@@ -28,7 +28,10 @@ PoolOption = Annotated[
     list[str] | None, typer.Option("--pool", help="File, glob or URL of the pool (repeatable), bundled corpus or hub name.")
 ]
 TextColumn = Annotated[str, typer.Option(help="Column of the pool that holds plain text.")]
-EncoderOption = Annotated[list[str] | None, typer.Option("--encoder", help="NAME or NAME:option=value,... (repeatable).")]
+EncoderOption = Annotated[
+    list[str] | None,
+    typer.Option("--encoder", help="NAME or NAME:option=value,... (repeatable); hashed_ngrams and text_stats by default."),
+]
 ModelOption = Annotated[str | None, typer.Option("--model", help="Folder or hub name of the causal language model.")]
 SurrogateOption = Annotated[
     str | None, typer.Option("--surrogate", help="NAME or NAME:option=value,...; for score and select: which fitted one.")
