@@ -12,6 +12,7 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Iterable
 from typing import Any
 
 from oracle.errors import InputError, check_choice, closest
@@ -63,16 +64,24 @@ def create(package: str, name: str, options: dict[str, Any]) -> Any:
     Raises:
         InputError: No such plug-in, or it has no such option; the message lists what there is.
     """
-    plugin = load(package, name)
-    accepted = [field.name for field in dataclasses.fields(plugin) if field.init]
+    check_options(package, name, options)
+    return load(package, name)(**options)
+
+
+def check_options(package: str, name: str, options: Iterable[str], *, also: Iterable[str] = ()) -> None:
+    """Refuse options that neither the plug-in `name` has nor `also` lists.
+
+    Raises:
+        InputError: There is such an option, or no such plug-in; the message lists what there is.
+    """
+    accepted = [*(field.name for field in dataclasses.fields(load(package, name)) if field.init), *also]
     for key in options:
         if key not in accepted:
             raise InputError(
-                f"{name!r} has no option {key!r}{closest(key, accepted)}.",
+                f"{key!r} is no option of {name!r}{closest(key, accepted)}.",
                 ", ".join(accepted) or "no options",
-                "remove the option or correct its name.",
+                "remove the option or correct its name; what has a flag of its own on the command line is given there.",
             )
-    return plugin(**options)
 
 
 def options_of(plugin: Any) -> dict[str, Any]:

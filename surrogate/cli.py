@@ -32,7 +32,6 @@ EncoderOption = Annotated[
     list[str] | None,
     typer.Option("--encoder", help="NAME or NAME:option=value,... (repeatable); hashed_ngrams and text_stats by default."),
 ]
-ModelOption = Annotated[str | None, typer.Option("--model", help="Folder or hub name of the causal language model.")]
 SurrogateOption = Annotated[
     str | None, typer.Option("--surrogate", help="NAME or NAME:option=value,...; for score and select: which fitted one.")
 ]

@@ -11,7 +11,7 @@ import numpy as np
 
 from oracle import plugins
 from oracle.comparison import noise_ceiling
-from oracle.errors import InputError, closest
+from oracle.errors import InputError
 from oracle.labels import Labels
 from surrogate import corpora
 from surrogate.pipeline import DEFAULT_ENCODERS, Run, parse_options
@@ -134,14 +134,7 @@ def plugin_options(package: str, name: str, given: Sequence[str], *, also: Seque
         InputError: A pair cannot be read, or there is no such option.
     """
     options = parse_options(given)
-    accepted = [*(option["name"] for option in plugins.describe(package, name)["options"]), *also]
-    for key in options:
-        if key not in accepted:
-            raise InputError(
-                f"--option {key}=... is no option of {name!r}{closest(key, accepted)}.",
-                ", ".join(accepted) or "no options",
-                "remove it or correct its name; what has an option of its own on the command line is given there.",
-            )
+    plugins.check_options(package, name, options, also=also)
     return options
 
 
