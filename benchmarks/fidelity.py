@@ -10,12 +10,14 @@ A proxy of an eighth of the size, warmed up on the same texts, gives `model_stat
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 from setting import arguments, load_pool, report, start, warmed_up
 
 from oracle import plugins
 from oracle.comparison import noise_ceiling
+from oracle.labels import Labels
 from oracle.measure import label
 from surrogate.feature_cache import FeatureCache
 from surrogate.features.model_state import ModelState
@@ -101,34 +103,14 @@ def main() -> None:
                     matrix, labels, held_out=held_out, groups=groups, count=count, surrogate=surrogate_name, sources=sources
                 )
                 results.append({"features": set_name, **found})
-    ceiling = noise_ceiling(labels)
     share = proxy.num_parameters / lm.num_parameters
     flops = proxy.forward_flops_per_token / lm.forward_flops_per_token
-    rows = [
-        [
-            f"{r['features']}, {r['surrogate']}, {r['labels']} labels",
-            *(f"{r['spearman'][t]:.3f}" for t in labels.target_names),
-            f"{r['mean']:.3f}",
-            f"{r['within_mean']:.3f}" if r["within_mean"] is not None else "-",
-            f"{r['seconds']:.1f}",
-        ]
-        for r in results
-    ]
-    rows.append(
-        [
-            "noise ceiling",
-            *(f"{ceiling[t]:.3f}" for t in labels.target_names),
-            f"{np.mean([ceiling[t] for t in labels.target_names]):.3f}",
-            "-",
-            "-",
-        ]
-    )
     report(
         f"held-out Spearman on {int(held_out.sum())} texts of {'?' if sources is None else len(set(sources))} sources; "
         f"model {lm.num_parameters / 1e6:.2f}M, "
         f"proxy {share:.3f} of its parameters and {flops:.3f} of its FLOPs",
         ["", *labels.target_names, "mean", "within source", "fit s"],
-        rows,
+        _table(results, labels),
         {
             "benchmark": "fidelity",
             "pool": len(pool),
@@ -136,11 +118,28 @@ def main() -> None:
             "parameters": lm.num_parameters,
             "proxy_parameter_share": share,
             "proxy_flops_share": flops,
-            "noise_ceiling": ceiling,
+            "noise_ceiling": noise_ceiling(labels),
             "results": results,
             "label_cost": labels.meta["cost"],
         },
     )
+
+
+def _table(results: list[dict[str, Any]], labels: Labels) -> list[list[str]]:
+    """One row per features, surrogate and number of labels, and the noise ceiling as the last."""
+    names, ceiling = labels.target_names, noise_ceiling(labels)
+    rows = [
+        [
+            f"{r['features']}, {r['surrogate']}, {r['labels']} labels",
+            *(f"{r['spearman'][name]:.3f}" for name in names),
+            f"{r['mean']:.3f}",
+            f"{r['within_mean']:.3f}" if r["within_mean"] is not None else "-",
+            f"{r['seconds']:.1f}",
+        ]
+        for r in results
+    ]
+    mean = np.mean([ceiling[name] for name in names])
+    return [*rows, ["noise ceiling", *(f"{ceiling[name]:.3f}" for name in names), f"{mean:.3f}", "-", "-"]]
 
 
 def _measure(matrix, labels, *, held_out, groups, count, surrogate, sources):

@@ -52,43 +52,6 @@ def main() -> None:
     start(options)
     pool, targets = load_pool(options)
     results = [_one_seed(options, pool, targets, seed=seed) for seed in options.seeds]
-    names = list(targets)
-    rows = []
-    for name in names:
-        per_seed = [result["targets"][name] for result in results]
-        rows.append(
-            [
-                name,
-                _spread([r["before"] for r in per_seed]),
-                _spread([r["random"] for r in per_seed]),
-                _spread([r["selected"] for r in per_seed]),
-                _spread([r["share_of_tokens"] for r in per_seed]),
-                _spread([r["share_of_flops_with_selection"] for r in per_seed]),
-                _spread([r["spearman"] for r in per_seed]),
-            ]
-        )
-    rows.append(
-        [
-            "cost of selecting, share of FLOPs of training",
-            "",
-            "",
-            "",
-            "",
-            _spread([r["selection_flops_share"] for r in results]),
-            "",
-        ]
-    )
-    rows.append(
-        [
-            "cost of selecting, share of seconds of training",
-            "",
-            "",
-            "",
-            "",
-            _spread([r["selection_seconds_share"] for r in results]),
-            "",
-        ]
-    )
     report(
         f"{len(pool)} texts, {options.labels} labels, {options.training_tokens:,} training tokens, "
         f"mean (lowest to highest of {len(results)} seeds)",
@@ -101,7 +64,7 @@ def main() -> None:
             "with cost of selecting",
             "held-out Spearman",
         ],
-        rows,
+        _table(results, list(targets)),
         {
             "benchmark": "gain",
             "pool": len(pool),
@@ -113,6 +76,16 @@ def main() -> None:
             "seeds": results,
         },
     )
+
+
+def _table(results: list[dict[str, Any]], names: list[str]) -> list[list[str]]:
+    """One row per target with the spread over seeds, and two rows of what selecting cost."""
+    columns = ("before", "random", "selected", "share_of_tokens", "share_of_flops_with_selection", "spearman")
+    rows = [[name, *(_spread([result["targets"][name][column] for result in results]) for column in columns)] for name in names]
+    for unit in ("flops", "seconds"):
+        spread = _spread([result[f"selection_{unit}_share"] for result in results])
+        rows.append([f"cost of selecting, share of {unit} of training", "", "", "", "", spread, ""])
+    return rows
 
 
 def _one_seed(options: Any, pool: Any, targets: dict[str, Any], *, seed: int) -> dict[str, Any]:

@@ -105,6 +105,7 @@ def run_demo(folder: Path, *, size: str = "full", seed: int = 0) -> dict[str, An
     identity = {"demo": size, "seed": seed}
     if (folder / "demo.json").exists():
         require_same(read_json(folder / "demo.json"), identity, where=folder)
+        _say(f"going on with the demo in {folder}; name another folder to begin anew")
     else:
         write_json(folder / "demo.json", identity)
     targets = _build_pool(run, demo, seed=seed)

@@ -263,14 +263,9 @@ def select(
         "pool": num_pool,
         "duplicates": num_duplicates,
         "excluded": num_pool - len(pool.text_ids),
-        "candidates": len(pool.text_ids),
-        "labelled": int(pool.is_label.sum()),
         "labels_not_in_pool": num_unknown,
-        "selected": len(kept),
-        "by_label": 0,
-        "by_score": 0,
+        **_count(pool, reasons),
     }
-    counts |= {f"by_{reason}": count for reason, count in sorted(Counter(reasons).items())}
     meta = {
         "rule": _rule_name(rule_object),
         "options": plugins.options_of(rule_object),
@@ -293,6 +288,17 @@ def select(
         meta=meta,
         tokens_per_text=None if chosen.num_tokens is None else chosen.num_tokens.tolist(),
     )
+
+
+def _count(pool: Pool, reasons: list[str]) -> dict[str, int]:
+    """Numbers of texts that could be chosen and of those that were, by reason."""
+    by_reason = {"label": 0, "score": 0} | Counter(reasons)
+    return {
+        "candidates": len(pool.text_ids),
+        "labelled": int(pool.is_label.sum()),
+        "selected": len(reasons),
+        **{f"by_{reason}": count for reason, count in sorted(by_reason.items())},
+    }
 
 
 def _make_rule(rule: str | Rule, options: Mapping[str, Any]) -> Rule:

@@ -142,7 +142,7 @@ class ModelState:
         return self.lm.fingerprint(optimizer=True)
 
     def flops(self, texts: Dataset) -> float:
-        """Counted FLOPs for these texts."""
+        """Counted FLOPs for these texts; the forward passes over the target sets, once per checkpoint and process, are left out."""
         head = self._head()
         extra = 2.0 * head.weight.numel() * (int(self.targets is not None) + int(self.states))
         num_tokens = sum(len(text.input_ids) for text in self.lm.encode(texts))
