@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_TOKENS = 512
 STEP_NEUTRAL_KEYS = ("foreach", "fused", "capturable", "differentiable", "initial_lr", "param_names")  # no step depends on them
+REDUCTIONS = ("mean", "sum")  # what a text's loss is of its tokens' losses
 MAX_BATCH_TOKENS = 8192  # beyond this a larger batch no longer makes a CPU or GPU pass cheaper per token
 
 
@@ -169,10 +170,10 @@ class LanguageModel:
         )
         return flat.view(labels.shape), labels != IGNORED
 
-    def text_losses(self, batch: Batch) -> Tensor:
-        """Return (B,) mean losses per target token, differentiable; 0 where a text has no target token."""
+    def text_losses(self, batch: Batch, *, reduction: str = "mean") -> Tensor:
+        """Return (B,) losses, differentiable, the mean over each text's target tokens or their sum; 0 where it has none."""
         losses, mask = self.token_losses(batch)
-        return losses.sum(1) / mask.sum(1).clamp_min(1)
+        return losses.sum(1) / mask.sum(1).clamp_min(1) if reduction == "mean" else losses.sum(1)
 
     # ------------------------------------------------------------------ state
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from oracle.encoding import EncodedText, make_batch
-from oracle.errors import InputError, NotFiniteError, check_at_least
-from oracle.language_model import LanguageModel
+from oracle.errors import InputError, NotFiniteError, check_at_least, check_choice
+from oracle.language_model import REDUCTIONS, LanguageModel
 from oracle.methods import Measured
 from oracle.plugins import option
 from oracle.snapshot import Snapshot
@@ -43,11 +43,15 @@ class OneStep:
     max_grad_norm: float | None = option(
         None, "Clip the step's gradient at this global norm, as the training run does; None does not clip."
     )
+    text_loss: str = option(
+        "mean", "A text's loss as 'mean' over its target tokens, or as their 'sum', as a batch averaged over tokens weighs it."
+    )
     subtract_shared: bool = option(
         False, "Subtract what a step without any gradient does (momentum, weight decay), measured once."
     )
 
     def __post_init__(self) -> None:
+        check_choice("text_loss", self.text_loss, REDUCTIONS)
         if self.max_grad_norm is not None:
             check_at_least("max_grad_norm", self.max_grad_norm, 1e-30)
 
@@ -118,7 +122,8 @@ class OneStep:
             parameter.grad = torch.zeros_like(parameter) if text is None or not text.num_targets else None
         try:
             if text is not None and text.num_targets:
-                loss = lm.text_losses(make_batch([text], positions=[0], device=lm.device)).sum()
+                batch = make_batch([text], positions=[0], device=lm.device)
+                loss = lm.text_losses(batch, reduction=self.text_loss).sum()
                 loss.backward()
                 self.last_loss_ = float(loss.detach())
                 limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm

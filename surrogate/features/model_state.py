@@ -27,10 +27,10 @@ from torch import Tensor
 from oracle.artifacts import fingerprint, read_json, write_json
 from oracle.encoding import IGNORED, Batch
 from oracle.errors import InputError, InputTypeError
+from oracle.gradients.metric import maximised, second_moments
 from oracle.gradients.module_rules import GRADIENT_BLOCK_BYTES
 from oracle.gradients.products import dot_in_blocks
 from oracle.language_model import LanguageModel
-from oracle.methods.grad_dot import maximised, second_moments
 from oracle.plugins import option, options_of
 from oracle.target_columns import TargetColumns, prepare_targets
 from oracle.targets import TargetSet, read_targets
@@ -142,7 +142,7 @@ class ModelState:
         return self.lm.fingerprint(optimizer=True)
 
     def flops(self, texts: Dataset) -> float:
-        """Counted FLOPs for these texts; the forward passes over the target sets, once per checkpoint and process, are left out."""
+        """Counted FLOPs for these texts; the passes over the target sets, once per checkpoint and process, are left out."""
         head = self._head()
         extra = 2.0 * head.weight.numel() * (int(self.targets is not None) + int(self.states))
         num_tokens = sum(len(text.input_ids) for text in self.lm.encode(texts))

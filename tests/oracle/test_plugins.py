@@ -31,7 +31,7 @@ def test_the_description_has_summary_paper_cost_and_limit():
     described = plugins.describe("oracle.methods", "one_step")
     assert described["summary"].startswith("Loss of each target set") and "2406.06046" in described["paper"]
     assert described["cost"] and "grad_dot" in described["limit"]
-    assert {option["name"] for option in described["options"]} == {"max_grad_norm", "subtract_shared"}
+    assert {option["name"] for option in described["options"]} == {"max_grad_norm", "text_loss", "subtract_shared"}
 
 
 def test_errors_have_three_parts_and_fit_the_builtin_classes():

@@ -10,7 +10,7 @@ import oracle
 from oracle.errors import InputError
 from oracle.gradients.module_rules import UncoveredModuleError
 from oracle.gradients.products import GradientProducts
-from oracle.methods.grad_dot import SlowRouteWarning
+from oracle.gradients.text_products import SlowRouteWarning
 
 
 def _lm(make_module, kind="llama", optimizer=None, **options):
@@ -274,3 +274,13 @@ def test_weights_that_training_never_touched_do_not_blow_labels_up(make_module, 
     slope = oracle.label(lm, sample, targets, method="grad_dot")
     assert np.abs(slope.values).max() < 10 * np.abs(step.values).max()
     assert oracle.agreement(step, slope)["t"].spearman > 0.5
+
+
+@pytest.mark.parametrize("method", ["grad_dot", "one_step"])
+def test_a_summed_text_loss_counts_every_target_token(method, make_module, make_token_texts, targets):
+    module = make_module("llama").double()
+    lm = oracle.LanguageModel(module, optimizer=torch.optim.SGD(module.parameters(), lr=1e-5), max_tokens=64)
+    sample = make_token_texts(6, seed=2)
+    mean, total = (oracle.label(lm, sample, targets, method=method, text_loss=reduction) for reduction in ("mean", "sum"))
+    lengths = np.array([len(row["input_ids"]) - 1 for row in sample])[:, None]
+    np.testing.assert_allclose(total.values, mean.values * lengths, rtol=1e-2, atol=1e-2 * np.abs(total.values).max())
