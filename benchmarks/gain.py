@@ -4,15 +4,16 @@ For every seed a small Llama model is warmed up on random texts, a sample is lab
 target one copy of the checkpoint is trained on the selection and one on random texts for the same number of tokens. Labels
 use one half of each target set; losses are measured on the other half. Costs of labels (with the target gradients),
 features, fitting and scoring are counted in the same unit, FLOPs, and measured in seconds; one labelling, one set of
-features and one fit serve all targets, and each target is charged the whole of it. Training on a selection stops once
-random's last loss is reached (`--to-the-end` goes on).
+features and one fit serve all targets, and each target is charged the whole of it. A loss is the mean of three evaluations
+in a row. Training on a selection stops once random's last loss is reached (`--to-the-end` goes on); seconds are without
+the evaluations.
 
     python benchmarks/gain.py --pool 'pool-*.parquet' --target math=math_dev.jsonl code=code_dev.jsonl
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from oracle.targets import TargetSet, read_targets, split_halves
 from surrogate.pipeline import Run
 from surrogate.selection import Budget, select
 from surrogate.training.loop import TrainingCurve, TrainingPlan, train
+
+WINDOW = 3  # evaluations that a loss is averaged over: single ones jump, at a constant learning rate
 
 
 def main() -> None:
@@ -119,7 +122,7 @@ def _one_seed(options: Any, pool: Any, targets: dict[str, Any], *, seed: int) ->
     scores = run.score(options.surrogate, lm=lm)
     spearman = {row.target: row.spearman for row in predictor.fidelity_.surrogate}
     curves = {"random": _train(run, lm, "random", None, judging=judging, options=options, seed=seed)}
-    goals = {name: curves["random"]["curve"].column(name)[-1] for name in targets}
+    goals = {name: curves["random"]["curve"].smoothed(name, window=WINDOW)[-1] for name in targets}
     for name in targets:
         selection = select(
             scores,
@@ -137,8 +140,8 @@ def _one_seed(options: Any, pool: Any, targets: dict[str, Any], *, seed: int) ->
     flops_share = selecting["flops"] / training_flops
     found = {}
     for name in targets:
-        random, selected = curves["random"]["curve"].column(name), curves[name]["curve"].column(name)
-        tokens = curves[name]["curve"].tokens_to_reach(name, random[-1])
+        random, selected = (curves[which]["curve"].smoothed(name, window=WINDOW) for which in ("random", name))
+        tokens = curves[name]["curve"].tokens_to_reach(name, goals[name], window=WINDOW)
         share = None if tokens is None else tokens / curves["random"]["curve"].tokens[-1]
         found[name] = {
             "before": random[0],
@@ -189,7 +192,7 @@ def _train(
             TrainingPlan(num_tokens=options.training_tokens),
             row_tokens=options.tokens,
             rows_per_step=8,
-            evaluate_every=20 if text_ids is None else 10,
+            evaluate_every=10,
             seed=seed + 1,
             checkpoint_every=100,
         )
@@ -199,12 +202,12 @@ def _train(
             plan,
             folder=run.folder / "training" / name,
             title=f"seed {seed}: {name}",
-            stop=None if goal is None or options.to_the_end else lambda losses: losses[name] <= goal,
+            stop=None if goal is None or options.to_the_end else lambda curve: curve.smoothed(name, window=WINDOW)[-1] <= goal,
             evaluate=lambda model: dict(zip(columns.names, columns.combine(columns.losses(model)).tolist(), strict=True)),
         )
-        write_json(path, {"steps": curve.steps, "tokens": curve.tokens, "losses": curve.losses, "seconds": curve.seconds})
-    stored = read_json(path)
-    return {"curve": TrainingCurve(stored["steps"], stored["tokens"], stored["losses"]), "seconds": stored["seconds"]}
+        write_json(path, asdict(curve))
+    curve = TrainingCurve(**read_json(path))
+    return {"curve": curve, "seconds": curve.seconds - curve.evaluation_seconds}
 
 
 def _halves(targets: dict[str, Any], options: Any, *, seed: int) -> tuple[dict[str, TargetSet], list[TargetSet]]:

@@ -75,20 +75,27 @@ class TrainingCurve:
         losses: Each evaluation's losses by name, in nats per target token.
         seconds: Wall-clock seconds of training, evaluations and checkpoints, over all processes that the run
             took; work that a kill undid, and that was therefore done again, is counted once.
+        evaluation_seconds: The evaluations' part of them.
     """
 
     steps: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     losses: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
+    evaluation_seconds: float = 0.0
 
     def column(self, name: str) -> list[float]:
         """One evaluated loss over the run."""
         return [losses[name] for losses in self.losses]
 
-    def tokens_to_reach(self, name: str, loss: float) -> float | None:
-        """Training tokens at which a loss was first reached, interpolated between evaluations; None if never."""
+    def smoothed(self, name: str, *, window: int = 1) -> list[float]:
+        """One evaluated loss as its mean over the last `window` evaluations (fewer at the start)."""
         values = self.column(name)
+        return [float(np.mean(values[max(index + 1 - window, 0) : index + 1])) for index in range(len(values))]
+
+    def tokens_to_reach(self, name: str, loss: float, *, window: int = 1) -> float | None:
+        """Training tokens at which a smoothed loss was first reached, interpolated between evaluations; None if never."""
+        values = self.smoothed(name, window=window)
         for index, value in enumerate(values):
             if value <= loss:
                 if index == 0:
@@ -144,7 +151,7 @@ def train(
     *,
     evaluate: Evaluate | None = None,
     folder: Path | None = None,
-    stop: Callable[[dict[str, float]], bool] | None = None,
+    stop: Callable[[TrainingCurve], bool] | None = None,
     title: str = "train",
 ) -> TrainingCurve:
     """Train `lm` (which must have its optimiser) on texts, in place.
@@ -156,7 +163,7 @@ def train(
         plan: Tokens, batch, schedule.
         evaluate: Called every `plan.evaluate_every` steps; returns named losses.
         folder: Where to keep checkpoints and the curve; a run found there is continued.
-        stop: Called with each evaluation; training ends early when it returns True.
+        stop: Called with the curve after each evaluation; training ends early when it returns True.
         title: What the progress display says.
 
     Raises:
@@ -174,7 +181,7 @@ def train(
             is_due = is_last or step % plan.evaluate_every == 0
             if evaluate is not None and is_due and (not curve.steps or curve.steps[-1] < step):
                 _record(curve, lm, evaluate, step=step, plan=plan)
-                if stop is not None and stop(curve.losses[-1]):
+                if stop is not None and stop(curve):
                     break
             if is_last:
                 break
@@ -277,8 +284,10 @@ def _step(lm: LanguageModel, rows: np.ndarray, plan: TrainingPlan, *, step: int,
 
 
 def _record(curve: TrainingCurve, lm: LanguageModel, evaluate: Evaluate, *, step: int, plan: TrainingPlan) -> None:
+    start_seconds = time.perf_counter()
     with lm.preserved(weights=False):
         losses = evaluate(lm)
+    curve.evaluation_seconds += time.perf_counter() - start_seconds
     curve.steps.append(step)
     curve.tokens.append(step * plan.rows_per_step * plan.row_tokens)
     curve.losses.append(losses)

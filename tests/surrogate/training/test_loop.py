@@ -88,7 +88,7 @@ def test_an_interrupted_run_ends_with_the_same_weights_and_curve(make_module, ma
 
 def test_training_stops_early_when_told(make_module, make_token_texts):
     rows = make_token_texts(8, seed=1)
-    curve = train(_lm(make_module), rows, TrainingPlan(**PLAN), evaluate=_evaluate(rows), stop=lambda losses: True)
+    curve = train(_lm(make_module), rows, TrainingPlan(**PLAN), evaluate=_evaluate(rows), stop=lambda curve: True)
     assert curve.steps == [0]
 
 
@@ -190,3 +190,11 @@ def test_a_run_resumes_on_cuda_with_its_step_count_on_the_device(make_module, ma
         lm = oracle.LanguageModel(module, optimizer=optimizer, max_tokens=64)
         train(lm, make_token_texts(8, seed=1), TrainingPlan(**PLAN), folder=tmp_path)
         assert {slots["step"].device.type for slots in optimizer.state.values()} == {"cuda"}
+
+
+def test_a_smoothed_curve_reaches_a_loss_when_the_mean_of_its_last_evaluations_does():
+    curve = TrainingCurve([0, 1, 2, 3], [0, 10, 20, 30], [{"a": value} for value in (5.0, 1.0, 3.0, 2.0)])
+    assert curve.smoothed("a", window=3) == [5.0, 3.0, 3.0, 2.0]
+    assert curve.tokens_to_reach("a", 2.5) == pytest.approx(6.25)  # a single evaluation dips below
+    assert curve.tokens_to_reach("a", 2.5, window=3) == pytest.approx(25.0)
+    assert curve.tokens_to_reach("a", 1.5, window=3) is None
