@@ -42,10 +42,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=256, help="longest text, and row length in training")
-    parser.add_argument("--warmup-tokens", type=int, default=400_000)
+    parser.add_argument("--warmup-tokens", type=int, default=1_000_000)
     parser.add_argument("--training-tokens", type=int, default=800_000)
     parser.add_argument("--target-texts", type=int, default=64, help="target texts per set to label with")
-    parser.add_argument("--judge-texts", type=int, default=48, help="target texts per set to measure the loss on")
+    parser.add_argument("--judge-texts", type=int, default=64, help="target texts per set to measure the loss on")
     parser.add_argument(
         "--to-the-end", action="store_true", help="train on the selection for all tokens, not only until random's loss is reached"
     )
