@@ -13,6 +13,7 @@ import torch
 import oracle
 from oracle.artifacts import atomic_folder, fingerprint, provenance, read_json, require_same, write_json
 from oracle.language_model import LanguageModel
+from oracle.tables import aligned
 from oracle.texts import list_text_ids
 from surrogate.training.loop import TrainingPlan, train
 from surrogate.training.small_models import build_model, train_tokenizer
@@ -115,15 +116,8 @@ def warmed_up(
 
 def report(title: str, header: list[str], rows: list[list[str]], result: dict[str, Any]) -> None:
     """Print a table for people and, as the last line, one JSON object for programs."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     print(title)
-    for row in [header, *rows]:
-        print(
-            "  ".join(
-                cell.ljust(width) if column == 0 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-        )
+    print(aligned([header, *rows]))
     machine = {"torch_threads": torch.get_num_threads(), "device": "cuda" if torch.cuda.is_available() else "cpu"}
     print(json.dumps({**result, "machine": machine, "provenance": provenance()}))
     sys.stdout.flush()

@@ -9,12 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from oracle.calibration import calibrate as calibrate
     from oracle.comparison import agreement as agreement
     from oracle.comparison import noise_ceiling as noise_ceiling
+    from oracle.gradients.curvature import fit_factors as fit_factors
+    from oracle.judging.judge import judge as judge
+    from oracle.judging.planted import plant as plant
+    from oracle.judging.retraining import retrain as retrain
     from oracle.labels import Labels as Labels
     from oracle.language_model import LanguageModel as LanguageModel
     from oracle.measure import label as label
     from oracle.measure import method_names as method_names
+    from oracle.several_checkpoints import label_checkpoints as label_checkpoints
     from oracle.targets import read_targets as read_targets
     from oracle.texts import read_report as read_report
     from oracle.texts import read_texts as read_texts
@@ -24,8 +30,14 @@ _HOMES = {
     "Labels": "oracle.labels",
     "label": "oracle.measure",
     "method_names": "oracle.measure",
+    "label_checkpoints": "oracle.several_checkpoints",
+    "fit_factors": "oracle.gradients.curvature",
+    "calibrate": "oracle.calibration",
     "agreement": "oracle.comparison",
     "noise_ceiling": "oracle.comparison",
+    "judge": "oracle.judging.judge",
+    "plant": "oracle.judging.planted",
+    "retrain": "oracle.judging.retraining",
     "read_texts": "oracle.texts",
     "read_report": "oracle.texts",
     "read_targets": "oracle.targets",

@@ -25,12 +25,20 @@ class TargetAgreement:
         top_overlap: Share of the top `top_fraction` of one that is in the top of the other; chance is `top_fraction`.
         num_texts: How many texts both have.
         spearman_within: Mean rank correlation inside groups of at least 8 texts, weighted by their size; None without groups.
+        noise_ceilings: How well two independent measurements of each of the two would agree (see `noise_ceiling`); None
+            for one that has no halves.
+        signal_kept: Share of the first one's signal that the second keeps: their rank correlation across different
+            halves of the target set, over the first one's own between its halves. The noise of the target texts is
+            shared where the same texts are measured, and this leaves it out. None without halves of both, or where the
+            first one's halves do not agree at all.
     """
 
     spearman: float
     top_overlap: float
     num_texts: int
     spearman_within: float | None = None
+    noise_ceilings: tuple[float | None, float | None] = (None, None)
+    signal_kept: float | None = None
 
 
 def agreement(
@@ -39,7 +47,7 @@ def agreement(
     """Compare two label sets on the texts and targets they share.
 
     Args:
-        labels_a: One measurement.
+        labels_a: One measurement; the reference of `signal_kept`.
         labels_b: Another one, of the same texts or some of them, in any order.
         top_fraction: The share of the texts whose overlap is reported.
         groups: A group (source) for each text of `labels_a`, for the agreement inside groups.
@@ -65,6 +73,8 @@ def agreement(
             top_overlap(first.target(name), second.target(name), fraction=top_fraction),
             len(common),
             None if kept_groups is None else spearman_within(first.target(name), second.target(name), kept_groups),
+            (_ceiling(_halves_of(first, name)), _ceiling(_halves_of(second, name))),
+            _signal_kept(_halves_of(first, name), _halves_of(second, name)),
         )
         for name in names
     }
@@ -81,15 +91,26 @@ def noise_ceiling(labels: Labels) -> dict[str, float | None]:
     Returns:
         Target name -> ceiling, None where the target set has no halves.
     """
-    result: dict[str, float | None] = {}
-    for column, name in enumerate(labels.target_names):
-        first, second = labels.halves[0, :, column], labels.halves[1, :, column]
-        if len(first) < 3 or not (np.isfinite(first).all() and np.isfinite(second).all()):
-            result[name] = None
-            continue
-        half = spearman(first, second)
-        result[name] = 2 * half / (1 + half) if half > 0 else 0.0
-    return result
+    return {name: _ceiling(_halves_of(labels, name)) for name in labels.target_names}
+
+
+def _halves_of(labels: Labels, name: str) -> np.ndarray | None:
+    """(2, S) the halves of one target; None where they were not measured or are too few to rank."""
+    halves = labels.halves[:, :, labels.target_names.index(name)]
+    return halves if halves.shape[1] >= 3 and np.isfinite(halves).all() else None
+
+
+def _ceiling(halves: np.ndarray | None) -> float | None:
+    if halves is None:
+        return None
+    half = spearman(halves[0], halves[1])
+    return 2 * half / (1 + half) if half > 0 else 0.0
+
+
+def _signal_kept(first: np.ndarray | None, second: np.ndarray | None) -> float | None:
+    if first is None or second is None or (own := spearman(first[0], first[1])) <= 0:
+        return None
+    return (spearman(first[0], second[1]) + spearman(first[1], second[0])) / 2 / own
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

@@ -30,11 +30,11 @@ class Labels:
     Attributes:
         values: (S, C) float32; positive means that training on the text lowers the target's loss.
         text_ids: S ids, in the order of the rows.
-        target_names: C names, in the order of the columns.
-        units: What one unit of a value is, usually "nats per target token".
+        target_names: C names, in the order of the columns; the method's own for a method that looks at no target.
+        units: What one unit of a value is, usually "nats per target token", and "... per text token" for labels per token.
         halves: (2, S, C) float32, the same measured on either half of each target set; NaN without halves.
         columns: Further measured numbers, each (S,) float32, by name: `text_loss`, `num_tokens`, `gradient_norm`,
-            `after.<target>` (the target's loss after the step).
+            `after.<target>` (the target's loss after the step). `num_tokens` is NaN where no model counted them.
         meta: Options, fingerprints of checkpoint and targets, losses before, seconds and FLOPs spent.
     """
 

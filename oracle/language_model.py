@@ -25,6 +25,7 @@ from oracle.encoding import IGNORED, MAX_LOGIT_ELEMENTS, Batch, EncodedText, enc
 from oracle.errors import InputError, InputTypeError, check_choice
 from oracle.snapshot import Snapshot, restore_snapshot, restore_weights, take_snapshot
 from oracle.texts import read_texts
+from oracle.wrappers import check_whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,9 +49,12 @@ class LanguageModel:
             otherwise takes CUDA where there is one; or any torch device.
         too_long: What happens to texts longer than `max_tokens`: "truncate" (counted) or "refuse".
 
+    Attributes:
+        batch_tokens: Padded tokens per batch in the place of `default_batch_tokens`; None, as at first, for the default.
+
     Raises:
         InputError: The tokenizer has more tokens than the model has embeddings; `max_tokens` exceeds the
-            model's context; the optimiser holds none of the model's parameters.
+            model's context; the optimiser holds none of the model's parameters; the module is wrapped or sharded.
 
     Example:
         >>> lm = oracle.LanguageModel.from_pretrained("checkpoints/step-1000")   # doctest: +SKIP
@@ -73,10 +77,12 @@ class LanguageModel:
                 "a torch module, such as a transformers causal model",
                 "to load one from a folder or hub name use LanguageModel.from_pretrained(path).",
             )
+        check_whole(module)
         check_choice("too_long", too_long, ("truncate", "refuse"))
         self.module, self.tokenizer, self.optimizer = module, tokenizer, optimizer
         self.max_tokens = min(DEFAULT_MAX_TOKENS, self.context or DEFAULT_MAX_TOKENS) if max_tokens is None else max_tokens
         self.too_long = too_long
+        self.batch_tokens: int | None = None
         self.device = _choose_device(module, optimizer, device)
         module.to(self.device)
         if optimizer is not None:
@@ -152,8 +158,9 @@ class LanguageModel:
         return losses
 
     def batches(self, encoded: Sequence[EncodedText], *, batch_tokens: int | None = None) -> Iterator[Batch]:
-        """Yield padded batches on the model's device; by default as large as `default_batch_tokens`."""
-        return make_batches(encoded, batch_tokens=batch_tokens or self.default_batch_tokens, device=self.device)
+        """Yield padded batches on the model's device; by default as large as `self.batch_tokens` or `default_batch_tokens`."""
+        size = batch_tokens or self.batch_tokens or self.default_batch_tokens
+        return make_batches(encoded, batch_tokens=size, device=self.device)
 
     @property
     def default_batch_tokens(self) -> int:

@@ -41,8 +41,14 @@ SeedOption = Annotated[int, typer.Option(help="Seed of everything random in this
 @app.command()
 def label(
     run: RunFolder,
-    target: Annotated[list[str], typer.Option("--target", help="NAME=FILE of a target set (repeatable).")],
-    model: Annotated[str, typer.Option("--model", help="Folder or hub name of the causal language model.")],
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", help="NAME=FILE of a target set (repeatable); not where a method has none."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Folder or hub name of the language model; not where a method needs none."),
+    ] = None,
     pool: PoolOption = None,
     text_column: TextColumn = "text",
     method: Annotated[str, typer.Option(help="Oracle method; see `surrogate methods`.")] = "grad_dot",
@@ -58,7 +64,7 @@ def label(
     finish(
         label_stage(
             run,
-            target,
+            target or [],
             model=model,
             pool=pool,
             text_column=text_column,

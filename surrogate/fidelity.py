@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from oracle.comparison import spearman
 from oracle.errors import InputError, NotFiniteError, check_at_least
 from oracle.progress import track
+from oracle.tables import aligned, figure
 from surrogate.models import Surrogate
 
 MIN_TEXTS = 3  # Spearman's t approximation needs one degree of freedom
@@ -123,16 +124,9 @@ def fidelity_table(rows: Sequence[tuple[str, TargetFidelity]], noise_ceiling: Ma
     share = f"top-{100 * rows[0][1].top_fraction:g} % recall" if rows else "top recall"
     lines = [["target", "surrogate", "spearman", "within source", "r2", share, "mean label of selected", "noise ceiling"]]
     for name, row in rows:
-        figures = [_cell(value) for value in (row.spearman, row.spearman_within_source, row.r2, row.top_recall)]
-        lines.append([row.target, name, *figures, f"{row.mean_label_selected:.3g}", _cell(noise_ceiling.get(row.target))])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+        figures = [figure(value) for value in (row.spearman, row.spearman_within_source, row.r2, row.top_recall)]
+        lines.append([row.target, name, *figures, f"{row.mean_label_selected:.3g}", figure(noise_ceiling.get(row.target))])
+    return aligned(lines, num_names=2)
 
 
 def measure_fidelity(
@@ -373,7 +367,3 @@ def _check(
     for what, values in (("scores", scores), ("labels", labels), ("baseline", means)):
         if not np.isfinite(values).all():
             raise NotFiniteError(f"{what} hold NaN or infinite values.", "finite numbers", f"find out why {what} are not finite.")
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

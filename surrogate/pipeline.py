@@ -108,8 +108,8 @@ class Run:
 
     def label(
         self,
-        lm: LanguageModel,
-        targets: Mapping[str, Any],
+        lm: LanguageModel | None,
+        targets: Mapping[str, Any] | None,
         *,
         sample_size: int,
         method: str = "grad_dot",
@@ -121,8 +121,8 @@ class Run:
         """Measure the influence of a sample; see `oracle.label` for the options.
 
         Args:
-            lm: The model at the checkpoint in question.
-            targets: The named target sets.
+            lm: The model at the checkpoint in question; None for a method without a model.
+            targets: The named target sets; None for a method without targets.
             sample_size: How many texts get a label.
             method: The oracle method.
             seed: Decides the sample.
@@ -142,12 +142,10 @@ class Run:
             num_texts=len(labels),
         )
         if name == "labels":
-            measured_on = read_targets(targets, max_texts=options.get("max_target_texts"), seed=seed)
+            measured_on = [] if targets is None else read_targets(targets, max_texts=options.get("max_target_texts"), seed=seed)
             for target in measured_on:
                 write_texts(target.texts, self._target_path(target.name))
-            where = str(Path(model_path).resolve()) if model_path and Path(model_path).is_dir() else model_path
-            dtype = str(next(lm.module.parameters()).dtype).removeprefix("torch.")
-            self._remember(model=where, max_tokens=lm.max_tokens, dtype=dtype, targets=[target.name for target in measured_on])
+            self._remember(**_describe_model(lm, model_path), targets=[target.name for target in measured_on])
         return labels
 
     def _target_path(self, name: str) -> Path:
@@ -350,6 +348,15 @@ class Run:
         if settings.get("model") is None:
             return None
         return LanguageModel.from_pretrained(settings["model"], max_tokens=settings["max_tokens"], dtype=settings["dtype"])
+
+
+def _describe_model(lm: LanguageModel | None, path: str | None) -> dict[str, Any]:
+    """What it takes to load the model again, as JSON; nothing where there is none."""
+    if lm is None:
+        return {"model": None, "max_tokens": None, "dtype": None}
+    where = str(Path(path).resolve()) if path and Path(path).is_dir() else path
+    dtype = str(next(lm.module.parameters()).dtype).removeprefix("torch.")
+    return {"model": where, "max_tokens": lm.max_tokens, "dtype": dtype}
 
 
 def parse_plugin(given: str) -> tuple[str, dict[str, Any]]:

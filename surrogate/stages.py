@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,18 +13,23 @@ from oracle import plugins
 from oracle.comparison import noise_ceiling
 from oracle.errors import InputError
 from oracle.labels import Labels
+from oracle.methods import needs_of
+from oracle.targets import TargetSet, read_targets
 from surrogate import corpora
 from surrogate.pipeline import DEFAULT_ENCODERS, Run, parse_options
 from surrogate.selection import Budget
 
-LABEL_OPTIONS = ("max_target_texts", "halves", "block_size")  # of `oracle.label` itself
+if TYPE_CHECKING:
+    from oracle.language_model import LanguageModel
+
+LABEL_OPTIONS = ("max_target_texts", "halves", "block_size", "per")  # of `oracle.label` itself
 
 
 def label_stage(
     folder: Path,
     targets: Sequence[str],
     *,
-    model: str,
+    model: str | None,
     pool: Sequence[str] | None,
     text_column: str,
     method: str,
@@ -35,18 +40,36 @@ def label_stage(
     seed: int,
 ) -> dict[str, Any]:
     """Label a sample with a model from a folder or the hub."""
-    from oracle.language_model import LanguageModel
-    from oracle.targets import read_targets
-
     accepted = plugin_options("oracle.methods", method, options, also=LABEL_OPTIONS)
-    target_sets = {target.name: target for target in read_targets(read_target_paths(parse_targets(targets)))}
-    lm = LanguageModel.from_pretrained(model, max_tokens=max_tokens, dtype=dtype)
-    for target in target_sets.values():
-        lm.encode(target.texts)  # refuses what the model cannot read before the folder is bound to a pool
+    target_sets = {target.name: target for target in read_targets(read_target_paths(parse_targets(targets)))} if targets else {}
+    needs = needs_of(plugins.load("oracle.methods", method))
+    _check_needs(method, {"--model": (needs.model, model), "--target": (needs.targets, targets)})
+    lm = None if model is None else _load_model(model, max_tokens=max_tokens, dtype=dtype, target_sets=target_sets)
     run = Run(folder)
     pool_summary = give_pool(run, pool, text_column)
-    labels = run.label(lm, target_sets, sample_size=sample_size, method=method, seed=seed, model_path=model, **accepted)
+    labels = run.label(lm, target_sets or None, sample_size=sample_size, method=method, seed=seed, model_path=model, **accepted)
     return {"run_folder": str(folder), **pool_summary, **describe_labels(labels)}
+
+
+def _check_needs(method: str, given: Mapping[str, tuple[bool, Any]]) -> None:
+    """Refuse a missing option that the method needs."""
+    missing = [name for name, (is_needed, value) in given.items() if is_needed and not value]
+    if missing:
+        raise InputError(
+            f"method {method!r} without {' and '.join(missing)}.",
+            "--target NAME=FILE for the texts whose loss should fall, --model FOLDER for the checkpoint to measure at",
+            f"add {' and '.join(missing)}.",
+        )
+
+
+def _load_model(model: str, *, max_tokens: int | None, dtype: str, target_sets: Mapping[str, TargetSet]) -> LanguageModel:
+    """Load the model, and refuse targets that it cannot read before the folder is bound to a pool."""
+    from oracle.language_model import LanguageModel
+
+    lm = LanguageModel.from_pretrained(model, max_tokens=max_tokens, dtype=dtype)
+    for target in target_sets.values():
+        lm.encode(target.texts)
+    return lm
 
 
 def embed_stage(folder: Path, encoders: Sequence[str] | None, *, pool: Sequence[str] | None, text_column: str) -> dict[str, Any]:

@@ -31,9 +31,46 @@ def build_module(kind: str, **options: Any) -> torch.nn.Module:
             **options,
         ),
         "llama": lambda: tf.LlamaConfig(**sizes, num_key_value_heads=2, intermediate_size=64, **common),
+        "mistral": lambda: tf.MistralConfig(
+            **sizes, num_key_value_heads=2, head_dim=8, intermediate_size=64, sliding_window=8, **common
+        ),
+        "qwen2": lambda: tf.Qwen2Config(**sizes, num_key_value_heads=2, intermediate_size=64, **common),
         "qwen3": lambda: tf.Qwen3Config(**sizes, num_key_value_heads=2, head_dim=8, intermediate_size=64, **common),
         "mixtral": lambda: tf.MixtralConfig(
             **sizes, num_key_value_heads=2, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, **common
+        ),
+        "qwen2_moe": lambda: tf.Qwen2MoeConfig(
+            **sizes,
+            num_key_value_heads=2,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=32,
+            num_experts=4,
+            num_experts_per_tok=2,
+            **common,
+        ),
+        "gpt_oss": lambda: tf.GptOssConfig(
+            **sizes,
+            num_key_value_heads=2,
+            head_dim=8,
+            intermediate_size=32,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=8,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            **common,
+        ),
+        "llama4": lambda: tf.Llama4TextConfig(
+            **sizes,
+            num_key_value_heads=2,
+            head_dim=8,
+            intermediate_size=32,
+            intermediate_size_mlp=32,
+            num_local_experts=4,
+            pad_token_id=None,
+            **common,
+        ),
+        "mamba": lambda: tf.MambaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4, use_cache=False, **options
         ),
         "opt": lambda: tf.OPTConfig(**sizes, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0, **common),
         "gemma": lambda: tf.GemmaConfig(**sizes, num_key_value_heads=2, head_dim=8, intermediate_size=64, **common),

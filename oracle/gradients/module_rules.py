@@ -1,116 +1,125 @@
 """One rule per kind of module: how its output moves when its own parameters move along a direction.
 
-A rule is a forward hook that leaves a hook on the module's output; that one runs in the backward pass, where the
-gradient b of the summed loss at the output is at hand, and hands the engine the text's products (or per-text
-gradients of this one layer). `attach_rule` chooses by the module's kind and refuses what no rule covers.
+`attach_rules` chooses by the module's kind: embeddings, linear layers, fused mixture-of-experts layers, routers,
+and norms have rules of their own; everything else takes the general one.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-if TYPE_CHECKING:
-    from oracle.gradients.products import GradientProducts
+from oracle.gradients.expert_rules import ExpertsRule, is_fused_experts
+from oracle.gradients.general_rule import GeneralRule, Rule, UncoveredModuleError
 
 GRADIENT_BLOCK_BYTES = 2**27  # per-text gradients of one layer that exist at the same time
 
 
-class UncoveredModuleError(RuntimeError):
-    """A module mixes texts in a way that no rule covers; use `PerTextProducts`."""
+def make_root(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    """Start the graph at the embeddings: with all weights frozen nothing else would ask for a gradient.
+
+    Returns:
+        A copy, which the model may change in place, or None where there is a graph already.
+    """
+    return output.requires_grad_().clone() if torch.is_grad_enabled() and not output.requires_grad else None
 
 
-def make_root(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-    """Start the graph at the embeddings: with all weights frozen nothing else would ask for a gradient."""
-    if torch.is_grad_enabled() and not output.requires_grad:
-        output.requires_grad_()
+def attach_rules(module: nn.Module, own: dict[str, str], inner: dict[str, str], *, engine: Any) -> list[Any]:
+    """Hook the rules for a module and return the handles.
 
-
-def attach_rule(module: nn.Module, names: dict[str, str], engine: GradientProducts) -> Any:
-    """Hook the rule for a module's own parameters (key -> full name) and return the handle.
+    Args:
+        module: The module.
+        own: The module's own parameters that have directions: key -> full name.
+        inner: Parameters of modules inside it that the general rule is to take here.
+        engine: Where the products go.
 
     Raises:
-        UncoveredModuleError: No rule covers this kind of module.
+        UncoveredModuleError: What the module does depends on the whole batch.
     """
+    rules: list[Rule] = [_choose_rule(module, own)(own, engine)] if own else []
+    if inner and rules and isinstance(rules[0], GeneralRule):
+        rules = [GeneralRule(own | inner, engine)]
+    elif inner:
+        rules.append(GeneralRule(inner, engine))
+    return [module.register_forward_hook(rule, with_kwargs=True) for rule in rules]
+
+
+def _choose_rule(module: nn.Module, names: dict[str, str]) -> type[Rule]:
     from transformers.pytorch_utils import Conv1D
 
-    if (
-        isinstance(module, nn.Embedding)
-        and set(names) == {"weight"}
-        and module.max_norm is None
-        and not module.scale_grad_by_freq
-    ):
-        rule = _EmbeddingRule if type(module).forward is nn.Embedding.forward else _OtherEmbeddingRule
-        return module.register_forward_hook(rule(names["weight"], engine), with_kwargs=True)
-    if isinstance(module, (nn.Linear, Conv1D)):
-        return module.register_forward_hook(_LinearRule(names, engine, is_transposed=isinstance(module, Conv1D)))
-    if all(p.dim() == 1 for p in module.parameters(recurse=False)):
-        return module.register_forward_hook(_ElementwiseRule(names, engine))
-    raise UncoveredModuleError(f"no rule for a {type(module).__name__} with parameters {sorted(names)}")
+    own = dict(module.named_parameters(recurse=False))
+    if isinstance(module, nn.Embedding) and set(own) == {"weight"}:
+        if module.max_norm is not None or module.scale_grad_by_freq:
+            option = "max_norm" if module.max_norm is not None else "scale_grad_by_freq"
+            raise UncoveredModuleError(f"an embedding with {option} depends on the whole batch", names.values())
+        return EmbeddingRule if type(module).forward is nn.Embedding.forward else OtherEmbeddingRule
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        return LinearRule
+    if isinstance(module, Conv1D):
+        return TransposedLinearRule
+    if is_fused_experts(module):
+        return ExpertsRule
+    if "weight" in own and set(own) <= {"weight", "bias"} and own["weight"].dim() == 2:
+        return RouterRule
+    return ElementwiseRule if all(p.dim() == 1 for p in own.values()) else GeneralRule
 
 
-class _EmbeddingRule:
+class EmbeddingRule(Rule):
     """A looked-up row moves by the same row of the direction."""
 
-    def __init__(self, name: str, engine: GradientProducts) -> None:
-        self.name, self.engine = name, engine
-        self.is_running = False
-
-    def __call__(self, module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        if self.is_running or not torch.is_grad_enabled():
-            return None
+    def attach(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Leave a hook on the output of one use of the module."""
         engine = self.engine
-        if output.shape[0] == 1 and engine.num_texts > 1:  # learned positions, broadcast over the batch later on:
-            output = output.expand(engine.num_texts, *output.shape[1:]).clone()  # without a copy per text b would be a sum
-        if not output.requires_grad:
-            output.requires_grad_()
-        engine.count_use({"weight": self.name})
-        output.register_hook(lambda b: self.backward(module, args, kwargs, engine.by_text(b).float()))
+        if output.shape[0] == 1 and engine.num_texts > 1:  # learned positions, broadcast over the batch later on: b would
+            output = output.expand(engine.num_texts, *output.shape[1:])  # be a sum over the texts
+        output = output if output.requires_grad else output.requires_grad_().clone()  # the model may change it in place
+        if self.is_by_text(module, output):
+            output.register_hook(lambda b: self.backward(module, args, kwargs, engine.by_text(b).float()))
         return output
 
-    def backward(self, module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any], b: Tensor) -> None:
-        engine = self.engine
+    def backward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], b: Tensor) -> None:
+        """Add the products of b (B, L, F)."""
+        engine, name = self.engine, self.names["weight"]
         ids = args[0] if args else kwargs["input"]
         if ids.shape[0] == 1:
             ids = ids.expand(engine.num_texts, *ids.shape[1:])
         ids = ids.reshape(engine.num_texts, -1)  # (B, L)
         if module.padding_idx is not None:  # torch gives that row no gradient
             b = b * (ids != module.padding_idx).unsqueeze(-1)  # (B, L, F)
-        for k in range(engine.num_directions):
-            moved = functional.embedding(ids, engine.directions[self.name][k])  # (B, L, F)
-            engine.products[:, k] += (moved * b).sum((1, 2), dtype=torch.float64)
-        if engine.norms and engine.uses[self.name] == 1:
+        moved = (functional.embedding(ids, direction) for direction in engine.directions[name])  # K of (B, L, F)
+        engine.add_products(name, torch.stack([(rows * b).sum((1, 2), dtype=torch.float64) for rows in moved], dim=1))
+        if engine.norms and engine.uses[name] == 1:
             same = (ids.unsqueeze(1) == ids.unsqueeze(2)).double()  # (B, L, L): a row used twice adds up before squaring
-            engine.square_norms += ((b @ b.transpose(1, 2)).double() * same).sum((1, 2))
+            engine.add_square_norms(((b @ b.transpose(1, 2)).double() * same).sum((1, 2)))
         elif engine.norms:
             for row in range(engine.num_texts):
                 gradient = torch.zeros_like(module.weight, dtype=torch.float32).index_add_(0, ids[row], b[row])
-                engine.add_norm(self.name, gradient.reshape(1, -1), slice(row, row + 1))
+                engine.add_norm(name, gradient.reshape(1, -1), slice(row, row + 1))
 
 
-class _OtherEmbeddingRule(_EmbeddingRule):
+class OtherEmbeddingRule(EmbeddingRule):
     """An embedding with a forward of its own (scaled rows, shifted positions): the module is differentiated itself."""
 
-    def backward(self, module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any], b: Tensor) -> None:
-        engine, weight = self.engine, module.weight.detach()
+    def backward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], b: Tensor) -> None:
+        """Add the products of b (B, L, F)."""
+        engine, name, weight = self.engine, self.names["weight"], module.weight.detach()
 
         def output(weight: Tensor) -> Tensor:
-            self.is_running = True
-            try:
+            with engine.rerunning():
                 rows = torch.func.functional_call(module, {"weight": weight}, args, kwargs)
-            finally:
-                self.is_running = False
             return rows.reshape(engine.num_texts if rows.numel() == b.numel() else 1, -1, rows.shape[-1])
 
-        for k in range(engine.num_directions):
-            direction = engine.directions[self.name][k].to(weight.dtype)
+        products = []
+        for direction in engine.directions[name]:
+            tangent = direction.to(weight.dtype)
             if module.padding_idx is not None:  # torch gives that row no gradient
-                direction = direction.index_fill(0, torch.tensor(module.padding_idx, device=direction.device), 0.0)
-            moved = torch.func.jvp(output, (weight,), (direction,))[1]  # (B or 1, L, F)
-            engine.products[:, k] += (moved.float() * b).sum((1, 2), dtype=torch.float64)
+                tangent = tangent.index_fill(0, torch.tensor(module.padding_idx, device=tangent.device), 0.0)
+            moved = torch.func.jvp(output, (weight,), (tangent,))[1]  # (B or 1, L, F)
+            products.append((moved.float() * b).sum((1, 2), dtype=torch.float64))
+        engine.add_products(name, torch.stack(products, dim=1))
         if engine.norms:
             with torch.enable_grad():
                 rows = output(weight.requires_grad_())
@@ -118,22 +127,22 @@ class _OtherEmbeddingRule(_EmbeddingRule):
                 own = torch.zeros_like(rows)
                 own[row if len(rows) > 1 else 0] = b[row].to(rows.dtype)
                 (gradient,) = torch.autograd.grad(rows, weight, own, retain_graph=True)
-                engine.add_norm(self.name, gradient.float().reshape(1, -1), slice(row, row + 1))
+                engine.add_norm(name, gradient.float().reshape(1, -1), slice(row, row + 1))
 
 
-class _LinearRule:
+class LinearRule(Rule):
     """y = x W' + c moves by x D_W' + D_c."""
 
-    def __init__(self, names: dict[str, str], engine: GradientProducts, *, is_transposed: bool) -> None:
-        self.names, self.engine, self.is_transposed = names, engine, is_transposed
+    is_transposed = False
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if output.requires_grad:
-            self.engine.count_use(self.names)
-            x = args[0].detach()
+    def attach(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        """Leave a hook on the output of one use of the module."""
+        x = (args[0] if args else next(iter(kwargs.values()))).detach()
+        if output.requires_grad and self.is_by_text(module, output):
             output.register_hook(lambda b: self.backward(x, b))
 
     def backward(self, x: Tensor, b: Tensor) -> None:
+        """Add the products of b at y and x."""
         engine = self.engine
         x, b = engine.by_text(x), engine.by_text(b)  # (B, T, I), (B, T, O)
         if "bias" in self.names:
@@ -147,13 +156,14 @@ class _LinearRule:
 
     def add_by_tangent(self, x: Tensor, b: Tensor) -> None:
         """One direction: a single matrix product with D, on the side that makes the smaller result."""
-        direction = self.engine.directions[self.names["weight"]][0]
+        name = self.names["weight"]
+        direction = self.engine.directions[name][0]
         direction = direction.T if self.is_transposed else direction  # (O, I)
         outputs, inputs = direction.shape
         direction = direction.to(b.dtype)
         moved, other = (x.to(b.dtype) @ direction.T, b) if inputs >= outputs else (b @ direction, x)  # (B, T, min(O, I))
         products = torch.linalg.vecdot(moved.float(), other.float()).sum(1, dtype=torch.float64)  # (B,)
-        self.engine.add_products(products.unsqueeze(1))
+        self.engine.add_products(name, products.unsqueeze(1))
 
     def add_by_gradients(self, x: Tensor, b: Tensor) -> None:
         """Several directions or norms: form the layer's gradients for a few texts at a time."""
@@ -165,52 +175,94 @@ class _LinearRule:
             self.engine.add_gradients(self.names["weight"], gradients.flatten(1), first=first)
 
 
-class _ElementwiseRule:
+class TransposedLinearRule(LinearRule):
+    """A linear layer whose weight is stored (I, O), such as GPT-2's Conv1D."""
+
+    is_transposed = True
+
+
+class RouterRule(LinearRule):
+    """A module whose first output is x W' + c, whatever it makes of that: the router of a mixture of experts.
+
+    All that it gives flows through that output, so the gradient there is the whole one.
+    """
+
+    def attach(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Leave a hook on the output of one use of the module."""
+        first = output[0] if isinstance(output, (tuple, list)) and output else output
+        x = args[0] if args else None
+        if isinstance(x, Tensor) and isinstance(first, Tensor) and x.shape[-1] == module.weight.shape[1]:
+            with torch.no_grad():
+                is_linear = _holds_rows(first, functional.linear(x, module.weight, getattr(module, "bias", None)))
+            if is_linear:
+                return super().attach(module, args, {}, first)
+        return GeneralRule(self.names, self.engine).attach(module, args, kwargs, output)
+
+
+class ElementwiseRule(Rule):
     """Norms: every output feature is its own input times a weight, plus a bias (LayerNorm, RMSNorm, 1 + weight, ...).
 
     The normalised input is read off the module itself, as its output for weights of one less that for weights
-    of zero, so any such norm is covered whatever it is called; that it is elementwise is checked on its first use.
+    of zero, so any such norm is covered whatever it is called. That it is elementwise is checked on its first use;
+    a module that is not takes the general rule.
     """
 
-    def __init__(self, names: dict[str, str], engine: GradientProducts) -> None:
-        self.names, self.engine = names, engine
-        self.is_running = self.is_checked = False
+    is_elementwise: bool | None = None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if self.is_running or not (isinstance(output, Tensor) and output.requires_grad):
-            return
-        self.engine.count_use(self.names)
+    def attach(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Leave a hook on the output of one use of the module."""
+        if self.is_elementwise is None:
+            self.is_elementwise = self.check(module, args, kwargs, output)
+        if not self.is_elementwise:
+            return GeneralRule(self.names, self.engine).attach(module, args, kwargs, output)
         x = args[0].detach()
-        output.register_hook(lambda b: self.backward(module, x, b))
+        if output.requires_grad and self.is_by_text(module, output):
+            output.register_hook(lambda b: self.backward(module, x, b))
+        return None
 
     def backward(self, module: nn.Module, x: Tensor, b: Tensor) -> None:
+        """Add the products of b at the output for x."""
         for key, name in self.names.items():
             per_feature = b.float()
             if key != "bias":
                 per_feature = per_feature * self.normalised(module, key, x).float()
             self.engine.add_gradients(name, self.engine.by_text(per_feature).sum(1))
 
-    def normalised(self, module: nn.Module, key: str, x: Tensor) -> Tensor:
-        if isinstance(module, nn.LayerNorm):
+    def normalised(self, module: Any, key: str, x: Tensor) -> Tensor:
+        """What the parameter `key` is multiplied with in every output feature."""
+        if _is_layer_norm(module):
             return functional.layer_norm(x, module.normalized_shape, eps=module.eps)
         parameter = getattr(module, key)
         one, zero = (self._output(module, key, value, x) for value in (torch.ones_like(parameter), torch.zeros_like(parameter)))
-        unit = one - zero
-        if not self.is_checked:
+        return one - zero
+
+    def check(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
+        """Whether the module takes one tensor and every output feature is linear in its own element of each parameter."""
+        if _is_layer_norm(module):
+            return len(module.normalized_shape) == 1
+        if kwargs or len(args) != 1 or not (isinstance(args[0], Tensor) and isinstance(output, Tensor)):
+            return False
+        x = args[0].detach()
+        if output.shape != x.shape or any(getattr(module, key).shape != x.shape[-1:] for key in self.names):
+            return False
+        tolerance = 1e-4 if output.dtype in (torch.float32, torch.float64) else 5e-2
+        for key in self.names:
+            parameter = getattr(module, key)
             probe = torch.linspace(-1.0, 1.0, parameter.numel(), device=x.device, dtype=parameter.dtype)
-            moved = self._output(module, key, probe, x) - zero
-            tolerance = 1e-4 if x.dtype == torch.float32 else 5e-2
-            if moved.shape != x.shape or not torch.allclose(
-                moved.float(), (unit * probe).float(), rtol=tolerance, atol=tolerance
-            ):
-                raise UncoveredModuleError(f"{type(module).__name__} is not elementwise in its {key}")
-            self.is_checked = True
-        return unit
+            moved = self._output(module, key, probe, x) - self._output(module, key, torch.zeros_like(parameter), x)
+            expected = probe.expand_as(x) if key == "bias" else self.normalised(module, key, x) * probe
+            if not torch.allclose(moved.float(), expected.float(), rtol=tolerance, atol=tolerance):
+                return False
+        return True
 
     def _output(self, module: nn.Module, key: str, value: Tensor, x: Tensor) -> Tensor:
-        self.is_running = True
-        try:
-            with torch.no_grad():
-                return torch.func.functional_call(module, {key: value}, (x,))
-        finally:
-            self.is_running = False
+        with self.engine.rerunning(), torch.no_grad():
+            return torch.func.functional_call(module, {key: value}, (x,))
+
+
+def _is_layer_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward
+
+
+def _holds_rows(tensor: Tensor, expected: Tensor) -> bool:
+    return tensor.numel() == expected.numel() and torch.equal(tensor.detach().reshape(expected.shape), expected)

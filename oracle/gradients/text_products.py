@@ -1,13 +1,15 @@
 """Products for any number of texts, by the batched identity where it holds and by the plain loop where it does not.
 
-The first batch is checked against one ordinary gradient (`self_check`). A model that fails the check, or has a module
-that no rule covers, takes one backward pass per text from then on, with a warning and a line in the labels' facts.
+The first batch is checked against one ordinary gradient (`check_products`). Parameters that the check finds wrong, or that
+no rule covers, go to the next larger module, which is then run again for each text; the rest stays as it is. A model
+for which that does not help takes one backward pass per text from then on, with a warning and a line in the labels'
+facts, which name the parameters in either case.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +18,14 @@ import torch
 from torch import Tensor
 
 from oracle.encoding import Batch, EncodedText
-from oracle.gradients.module_rules import UncoveredModuleError
-from oracle.gradients.products import GradientProducts, LossFunction, PerTextProducts, Products, self_check
+from oracle.gradients.general_rule import UncoveredModuleError
+from oracle.gradients.products import GradientProducts, LossFunction, Observer, PerTextProducts, Products
+from oracle.gradients.self_check import check_products
 from oracle.language_model import LanguageModel
 
-SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative, see `self_check`
+SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative, see `SelfCheck`
 LOW_PRECISION_TOLERANCE = 5e-2
+NUM_NAMES = 10  # parameters that the facts name
 
 
 class SlowRouteWarning(UserWarning):
@@ -36,11 +40,33 @@ class TextMeasurements:
         products: (B, K) float64, <grad loss of text, direction>.
         losses: (B,) the losses whose gradients were meant.
         norms: (B,) gradient norms, or None if they were not asked for.
+        observed: (B, S) what the observer made of the logits, or None without one.
     """
 
     products: np.ndarray
     losses: np.ndarray
     norms: np.ndarray | None
+    observed: np.ndarray | None = None
+
+
+def measure_texts(lm: LanguageModel, encoded: Sequence[EncodedText], run: Callable[[Batch], Products]) -> TextMeasurements:
+    """Run over the texts in as many batches as fit, and put the results in their order.
+
+    Args:
+        lm: The model.
+        encoded: B texts, at least one.
+        run: What to do with a batch.
+    """
+    found: dict[str, np.ndarray] = {}
+    for batch in lm.batches(encoded):
+        measured = run(batch)
+        norms = None if measured.square_norms is None else measured.square_norms.clamp_min(0).sqrt()
+        rows = {"products": measured.products, "losses": measured.losses, "norms": norms, "observed": measured.observed}
+        for key, tensor in rows.items():
+            if tensor is not None:
+                values = found.setdefault(key, np.zeros((len(encoded), *tensor.shape[1:])))
+                values[batch.positions] = tensor.double().cpu().numpy()
+    return TextMeasurements(found["products"], found["losses"], found.get("norms"), found.get("observed"))
 
 
 class TextProducts:
@@ -51,6 +77,7 @@ class TextProducts:
         directions: Parameter name -> (K, *shape).
         losses: Batch -> (B,) differentiable losses whose gradients are meant; the mean per target token by default.
         norms: Whether to also give each text's gradient norm over the parameters in `directions`.
+        observe: Batch and its logits (B, L, V) -> (B, S) further numbers, from the same forward pass.
         per_text: Take the plain loop from the start.
         method: The oracle method's name, for the warning.
     """
@@ -62,63 +89,91 @@ class TextProducts:
         *,
         losses: LossFunction | None = None,
         norms: bool = False,
+        observe: Observer | None = None,
         per_text: bool = False,
         method: str = "grad_dot",
     ) -> None:
         self.lm, self.directions, self.norms, self.method = lm, directions, norms, method
         self.route = "per_text" if per_text else "batched"
         self.self_check_error: float | None = None
+        self._largest_checked = 0  # texts in the batch that was checked; one text alone cannot be given to the wrong one
+        self.slow_parameters: set[str] = set()  # those that forced the plain loop, for the model or for a batch
         loss_function = lm.text_losses if losses is None else losses
-        self._fast = GradientProducts(lm.module, directions, loss_function, norms=norms)
-        self._slow = PerTextProducts(lm.module, directions, loss_function, norms=norms)
+        self._fast = GradientProducts(lm.module, directions, loss_function, norms=norms, observe=observe)
+        self._slow = PerTextProducts(lm.module, directions, loss_function, norms=norms, observe=observe)
 
     def measure(self, encoded: Sequence[EncodedText]) -> TextMeasurements:
         """One forward and backward pass over the texts, in as many batches as fit."""
-        products = np.zeros((len(encoded), next(iter(self.directions.values())).shape[0]))
-        losses, norms = np.zeros(len(encoded)), np.zeros(len(encoded))
-        for batch in self.lm.batches(encoded):
-            measured = self._products(batch)
-            products[batch.positions] = measured.products.cpu().numpy()
-            losses[batch.positions] = measured.losses.float().cpu().numpy()
-            if measured.square_norms is not None:
-                norms[batch.positions] = measured.square_norms.clamp_min(0).sqrt().cpu().numpy()
-        return TextMeasurements(products, losses, norms if self.norms else None)
+        return measure_texts(self.lm, encoded, self._products)
 
     def facts(self) -> dict[str, Any]:
         """How the products were made, how well they passed the self-check, and what they cover."""
+        covered = sum(direction[0].numel() for direction in self.directions.values())
         return {
             "route": self.route,
             "self_check_relative_error": self.self_check_error,
-            "covered_parameters": sum(direction[0].numel() for direction in self.directions.values()),
+            "covered_parameters": covered,
             "parameters": self.lm.num_parameters,
+            "covered_share": covered / self.lm.num_parameters,
+            "rerun_per_text": self._count(self._fast.rerun),
+            "forced_the_slow_route": self._count(self.slow_parameters),
+        }
+
+    def _count(self, names: Iterable[str]) -> dict[str, Any]:
+        """How many parameters these are, their share of those that are covered, and the first of their names."""
+        sizes = {name: direction[0].numel() for name, direction in self.directions.items()}
+        found = sorted(names)
+        return {
+            "num_parameters": sum(sizes[name] for name in found),
+            "share": sum(sizes[name] for name in found) / sum(sizes.values()),
+            "num_tensors": len(found),
+            "names": found[:NUM_NAMES],
         }
 
     def _products(self, batch: Batch) -> Products:
-        if self.route == "batched" and self.self_check_error is None:
+        if self.route == "batched" and self._largest_checked < min(len(batch.input_ids), 2):
             self._choose_route(batch)
         if not self.route.startswith("per_text"):
             try:
                 with self._fast as engine:
                     return engine(batch)
             except UncoveredModuleError as error:  # of this batch alone: the next one takes the batched way again
-                self._take_slow_route(f"batched, per_text for some batches ({error})")
+                self._take_slow_route(f"batched, per_text for some batches ({error})", error.parameters)
         return self._slow(batch)
 
     def _choose_route(self, batch: Batch) -> None:
-        """Check the identity on the first batch; fall back to the plain loop where a module is not covered."""
-        try:
-            self.self_check_error = self_check(self._fast, batch)
-        except UncoveredModuleError as error:
-            self._take_slow_route(f"per_text ({error})")
-            return
+        """Check the identity on a batch, and move up what fails until it holds, or take the plain loop."""
         dtype = next(self.lm.module.parameters()).dtype
-        if not self.self_check_error <= SELF_CHECK_TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE):
-            self._take_slow_route(
-                f"per_text (self-check error {self.self_check_error:.1e}: a weight is used outside its own module, "
-                "or a module does something else than modules of its kind)"
-            )
+        is_low = dtype not in SELF_CHECK_TOLERANCE or torch.is_autocast_enabled(batch.input_ids.device.type)
+        tolerance = LOW_PRECISION_TOLERANCE if is_low else SELF_CHECK_TOLERANCE[dtype]
+        while True:
+            error, failed, reason = self._check(batch, tolerance)
+            if not reason:
+                break
+            if not failed or not self._fast.move_up(failed):
+                self._fast.rerun.clear()
+                self._take_slow_route(f"per_text ({reason})", failed)
+                break
+        self.self_check_error, self._largest_checked = error, len(batch.input_ids)
 
-    def _take_slow_route(self, route: str) -> None:
+    def _check(self, batch: Batch, tolerance: float) -> tuple[float | None, list[str], str]:
+        """Return the self-check's error, the parameters that fail it, and why; no reason where the products are right."""
+        try:
+            check = check_products(self._fast, batch)
+        except UncoveredModuleError as error:
+            return None, error.parameters, str(error)
+        if check.error <= tolerance:
+            reason = "a weight is used although its module is not called" if check.unused else ""
+            return check.error, check.unused, reason
+        wrong = [name for name, own in check.by_parameter.items() if not own <= tolerance / 10]
+        reason = (
+            f"self-check error {check.error:.1e}: a weight is used outside its own module, "
+            "or a module does something else than modules of its kind"
+        )
+        return check.error, sorted({*wrong, *check.unused}), reason
+
+    def _take_slow_route(self, route: str, parameters: Iterable[str]) -> None:
+        self.slow_parameters.update(parameters)
         if self.route != route:
             warnings.warn(
                 f"{self.method} takes one backward pass per text, several times the cost: {route}.",

@@ -12,13 +12,29 @@ A method is a keyword-only dataclass whose fields are its options, with
 - `flops(num_tokens, columns)`: counted FLOPs of measuring one text of so many tokens.
 
 Positive values mean that training on the text lowers the target's loss.
+
+A method that needs other things than a model, target sets and a few texts at a time says so in further class
+variables, which may be left out (`needs_of` has their defaults):
+
+- `needs_model = False`: `label` takes `lm=None`. `prepare` gets that or the model (whose tokenizer it may use),
+  and `TextTargets` for columns; `measure` gets the texts themselves, as `read_texts` returns them.
+- `needs_targets = False`: `label` takes no targets. The labels have one column, named like the method, and no halves.
+- `needs_whole_sample = True`: `measure` gets the whole sample at once, because a text's value depends on the others.
+  The sample then belongs to the identity of the labels: a grown sample is refused, not added to.
+
+and it may have a method `inputs()`: hashes of what its options only point to (files, other models), by name. They
+belong to the identity of the labels. It is asked before `prepare`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from oracle.targets import TargetSet
 
 
 @dataclass(frozen=True)
@@ -34,3 +50,40 @@ class Measured:
     values: np.ndarray
     halves: np.ndarray
     columns: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TextTargets:
+    """Target sets as texts, for methods that need no model.
+
+    Attributes:
+        sets: The C target sets, in column order.
+        in_first: For each of them, which of its texts belong to the first half; all of them where there are no halves.
+    """
+
+    sets: list[TargetSet]
+    in_first: list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What `label` has to give a method.
+
+    Attributes:
+        model: A model, target columns and encoded texts; without it, `TextTargets` and the texts themselves.
+        targets: Target sets; without them there is one column, named like the method.
+        whole_sample: The whole sample in one call of `measure`.
+    """
+
+    model: bool
+    targets: bool
+    whole_sample: bool
+
+
+def needs_of(method: Any) -> Needs:
+    """Return what a method, or its class, needs; what it does not say has its default here."""
+    return Needs(
+        model=getattr(method, "needs_model", True),
+        targets=getattr(method, "needs_targets", True),
+        whole_sample=getattr(method, "needs_whole_sample", False),
+    )

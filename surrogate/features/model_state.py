@@ -7,9 +7,6 @@ after that layer (a scale, a soft cap). All of these are pieces of the text's gr
 hand: the output layer's gradient is sum_t e_t h_t', and every layer below is driven by the error state. The error
 state is what tells the texts of one source apart. The model can be the live checkpoint or a smaller one trained
 beside it.
-
-Min-K% is the mean log-probability of the least likely tokens (Shi et al. 2024, arXiv 2310.16789); the error
-norm is that of p - y (Paul et al. 2021, arXiv 2107.07075).
 """
 
 from __future__ import annotations
@@ -35,22 +32,12 @@ from oracle.plugins import option, options_of
 from oracle.target_columns import TargetColumns, prepare_targets
 from oracle.targets import TargetSet, read_targets
 from oracle.texts import write_texts
+from oracle.token_statistics import MIN_K, STATISTICS, TokenStatistics, statistics_of_log_probabilities, text_statistics
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-STATISTICS = ("mean_loss", "std_loss", "max_loss", "min_k", "entropy", "error_norm", "log_num_tokens")
 STATES = ("hidden", "hidden_rms", "error", "error_rms")
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """What one batch says about each predicted token, all (B, L-1) and zero where none is predicted."""
-
-    losses: Tensor
-    entropy: Tensor
-    error_norms: Tensor
-    mask: Tensor
 
 
 @dataclass(kw_only=True)
@@ -74,7 +61,7 @@ class ModelState:
     targets: Any = option(None, "The named target sets for the last-layer influence; None leaves it out.")
     max_target_texts: int | None = option(None, "Use at most this many texts of each target set, as `oracle.label` does.")
     states: bool = option(True, "Whether mean and root mean square of hidden and error states are part of the features.")
-    min_k: float = option(0.2, "Share of the least likely tokens in Min-K%.")
+    min_k: float = option(MIN_K, "Share of the least likely tokens in Min-K%.")
 
     def __post_init__(self) -> None:
         if not 0 < self.min_k <= 1:
@@ -172,7 +159,7 @@ class ModelState:
         """(B, D) for one batch."""
         hidden, errors, tokens = self._forward(batch)
         count = tokens.mask.sum(1).clamp_min(1)  # (B,)
-        columns = [self._statistics(tokens)]
+        columns = [text_statistics(tokens, min_k=self.min_k)]
         if self._directions:
             columns.append(self._influence(hidden, errors) / count.unsqueeze(1))
         if self.states:
@@ -183,7 +170,7 @@ class ModelState:
                 columns += [state.sum(1) / count.unsqueeze(1), (state.square().sum(1) / count.unsqueeze(1)).sqrt()]
         return torch.cat([column.float() for column in columns], dim=1)
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, _Tokens]:
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, TokenStatistics]:
         """Hidden states (B, L-1, H), errors e (B, L-1, V) zero where not predicted, and what is known of each token."""
         labels = batch.labels[:, 1:]
         mask = labels != IGNORED
@@ -195,24 +182,8 @@ class ModelState:
             hidden, output = captured[0]
             (errors,) = torch.autograd.grad(losses.sum(), output)
         del logits
-        log_p = log_p.detach()
-        p = log_p.exp()
-        entropy = -(p * log_p).sum(2) * mask
-        error_norms = p.scatter_add_(2, safe, torch.full_like(safe, -1, dtype=p.dtype)).norm(dim=2) * mask
-        return hidden[:, :-1].float(), errors[:, :-1].float(), _Tokens(losses.detach(), entropy, error_norms, mask)
-
-    def _statistics(self, tokens: _Tokens) -> Tensor:
-        """(B, 7) in the order of `STATISTICS`."""
-        losses, mask = tokens.losses, tokens.mask
-        count = mask.sum(1).clamp_min(1).float()
-        mean = losses.sum(1) / count
-        spread = (((losses - mean.unsqueeze(1)).square() * mask).sum(1) / count).sqrt()
-        worst = losses.masked_fill(~mask, -1.0).sort(dim=1, descending=True).values  # losses are never below 0
-        num_worst = (count * self.min_k).ceil().clamp_min(1)  # (B,)
-        is_worst = torch.arange(worst.shape[1], device=worst.device) < num_worst.unsqueeze(1)
-        min_k = -(worst.clamp_min(0) * is_worst).sum(1) / num_worst
-        entropy, error_norm = tokens.entropy.sum(1) / count, tokens.error_norms.sum(1) / count
-        return torch.stack([mean, spread, worst[:, 0].clamp_min(0), min_k, entropy, error_norm, count.log1p()], dim=1)
+        tokens = statistics_of_log_probabilities(log_p.detach(), labels)
+        return hidden[:, :-1].float(), errors[:, :-1].float(), tokens
 
     def _influence(self, hidden: Tensor, errors: Tensor) -> Tensor:
         """(B, C): product of the text's output-layer gradient (loss summed over its tokens) with each target's direction."""

@@ -98,3 +98,18 @@ def test_labels_come_back_from_disk_whatever_their_targets_are_called(names, tmp
     assert set(loaded.columns) == set(columns)
     for name, column in columns.items():
         np.testing.assert_array_equal(loaded.columns[name], column)
+
+
+def test_the_signal_kept_leaves_out_the_noise_that_two_methods_share():
+    rng = np.random.default_rng(2)
+    truth, noise = rng.normal(size=20_000), rng.normal(size=(2, 20_000))  # the target texts' noise, the same for all methods
+    reference = _labels(truth, halves=(truth + noise)[:, :, None])
+    cheap = truth + 0.5 * rng.normal(size=20_000)  # a method with an error of its own
+    other = _labels(cheap, halves=(cheap + noise)[:, :, None])
+    assert oracle.agreement(reference, reference)["t"].signal_kept == pytest.approx(1.0)
+    found = oracle.agreement(reference, other)["t"]
+    assert found.signal_kept == pytest.approx(np.sqrt(2 / 2.25), abs=0.02)
+    assert found.noise_ceilings[0] == pytest.approx(2 / 3, abs=0.02) and found.noise_ceilings[1] == pytest.approx(0.72, abs=0.03)
+    assert oracle.agreement(reference, _labels(cheap))["t"].signal_kept is None
+    unrelated = rng.normal(size=(2, 20_000))
+    assert abs(oracle.agreement(reference, _labels(unrelated[0], halves=unrelated[:, :, None]))["t"].signal_kept) < 0.05

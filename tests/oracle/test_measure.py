@@ -16,17 +16,28 @@ import pytest
 import torch
 
 import oracle
-from oracle import measure, plugins
-from oracle.errors import InputError, MismatchError, NotFiniteError
+from oracle import label_store, measure, plugins
+from oracle.errors import InputError, InputTypeError, MismatchError, NotFiniteError
 from oracle.measure import UnlabelableTextWarning
+from oracle.methods import needs_of
 
 METHODS = plugins.names("oracle.methods")
+NEEDS = {method: needs_of(plugins.load("oracle.methods", method)) for method in METHODS}
+MODEL_METHODS = [method for method in METHODS if NEEDS[method].model]
+TRAINING_METHODS = [method for method in METHODS if method not in ("in_context", "self_rating", "target_similarity")]
+OPTIONS = {  # what a method cannot do without, with `rows` for texts that are neither sample nor targets; all others get {}
+    "ekfac": lambda rows: {"fit_texts": rows},
+    "rollout": lambda rows: {"companions": rows, "num_steps": 2, "batch_size": 3},
+}
+SENTENCES = ["The quick brown fox jumps over the lazy dog.", "Pack my box with five dozen liquor jugs."]
 
 
 @pytest.fixture
-def lm(make_module, make_token_texts, make_adamw):
-    module = make_module("neox")
-    return oracle.LanguageModel(module, optimizer=make_adamw(module, make_token_texts(4, seed=0)), max_tokens=64)
+def lm(make_module, make_token_texts, make_adamw, make_tokenizer):
+    """With whatever any method asks for: an optimiser with state, a tokenizer, and a context that holds prompts."""
+    module = make_module("neox", vocab_size=300, max_position_embeddings=512)
+    optimizer = make_adamw(module, make_token_texts(4, seed=0))
+    return oracle.LanguageModel(module, make_tokenizer(SENTENCES), optimizer, max_tokens=512)
 
 
 @pytest.fixture
@@ -34,68 +45,93 @@ def targets(make_token_texts):
     return {"a": make_token_texts(4, seed=21), "b": make_token_texts(3, seed=22)}
 
 
+@pytest.fixture
+def label_by(lm, targets, make_token_texts):
+    """`oracle.label` with what the method needs: its options, and target sets unless it takes none."""
+    rows = make_token_texts(8, seed=31)
+
+    def label_by(method, sample, **settings):
+        options = {**OPTIONS.get(method, lambda rows: {})(rows), **settings}
+        return oracle.label(lm, sample, targets if NEEDS[method].targets else None, method=method, **options)
+
+    return label_by
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_gives_finite_float32_labels_and_same_seed_same_bytes(method, lm, targets, make_token_texts):
+def test_every_method_gives_finite_float32_labels_and_same_seed_same_bytes(method, label_by, make_token_texts):
     sample = make_token_texts(7, seed=1)
-    first, second = (oracle.label(lm, sample, targets, method=method) for _ in range(2))
-    assert first.values.shape == (7, 2) and first.values.dtype == np.float32
+    first, second = (label_by(method, sample) for _ in range(2))
+    names = ["a", "b"] if NEEDS[method].targets else [method]
+    assert first.target_names == names
+    assert first.values.shape == (7, len(names)) and first.values.dtype == np.float32
+    assert len(np.unique(first.values)) > 1
     assert first.values.tobytes() == second.values.tobytes()
-    assert first.halves.shape == (2, 7, 2)
+    assert first.halves.shape == (2, 7, len(names))
+    assert np.isfinite(first.halves).all() == NEEDS[method].targets
     assert first.units
     assert first.meta["cost"]["label_flops"] > 0
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_invariant_to_batch_size_and_row_order(method, lm, targets, make_token_texts):
+def test_every_method_is_invariant_to_batch_size_and_row_order(method, label_by, make_token_texts):
     sample = make_token_texts(9, seed=1)
-    whole = oracle.label(lm, sample, targets, method=method)
-    other = oracle.label(lm, sample[::-1], targets, method=method, block_size=2).take(whole.text_ids)
+    whole = label_by(method, sample)
+    other = label_by(method, sample[::-1], block_size=2).take(whole.text_ids)
     np.testing.assert_allclose(other.values, whole.values, rtol=2e-3, atol=2e-3 * np.abs(whole.values).max())
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_leaves_the_model_bit_identical_also_when_it_raises(method, lm, targets, make_token_texts, monkeypatch):
+def test_every_method_leaves_the_model_bit_identical_also_when_it_raises(method, lm, label_by, make_token_texts, monkeypatch):
     lm.module.train()
     before = lm.fingerprint(optimizer=True)
     random_state = torch.get_rng_state()
-    oracle.label(lm, make_token_texts(3, seed=1), targets, method=method)
-    original = lm.text_losses
-    calls = []
+    label_by(method, make_token_texts(3, seed=1))
+    if NEEDS[method].model:
+        plugin, passes = plugins.load("oracle.methods", method), []
+        measure_some = plugin.measure
 
-    def fails_later(batch, **options):
-        calls.append(1)
-        if len(calls) > 2:
-            raise RuntimeError("out of memory")
-        return original(batch, **options)
+        def fails_soon(self, encoded):
+            passes.append(0)
+            return measure_some(self, encoded)
 
-    monkeypatch.setattr(lm, "text_losses", fails_later)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        oracle.label(lm, make_token_texts(8, seed=2), targets, method=method, block_size=1)
+        def in_the_third_pass(module, args, kwargs):
+            if passes:
+                passes[0] += 1
+                if passes[0] == 3:
+                    raise RuntimeError("the third pass fails")
+
+        monkeypatch.setattr(plugin, "measure", fails_soon)
+        with lm.module.register_forward_pre_hook(in_the_third_pass, with_kwargs=True):
+            with pytest.raises(RuntimeError, match="the third pass fails"):
+                label_by(method, make_token_texts(8, seed=2), block_size=1)
+            assert len(lm.module._forward_pre_hooks) == 1
     assert lm.fingerprint(optimizer=True) == before
     assert lm.module.training
+    assert lm.batch_tokens is None
     assert torch.equal(random_state, torch.get_rng_state())
     assert all(p.requires_grad and p.grad is None for p in lm.module.parameters())
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_resumes_after_an_error_with_identical_labels(method, lm, targets, make_token_texts, monkeypatch, tmp_path):
+def test_every_method_resumes_after_an_error_with_identical_labels(method, label_by, make_token_texts, monkeypatch, tmp_path):
     sample = make_token_texts(9, seed=1)
-    whole = oracle.label(lm, sample, targets, method=method, block_size=2, workdir=tmp_path / "whole")
+    whole = label_by(method, sample, block_size=2, workdir=tmp_path / "whole")
     plugin = plugins.load("oracle.methods", method)
     original, measured = plugin.measure, []
+    num_finished = 0 if NEEDS[method].whole_sample else 2
 
-    def dies_in_the_third_block(self, encoded):
-        if len(measured) == 2:
+    def dies_later(self, encoded):
+        if len(measured) == num_finished:
             raise KeyboardInterrupt
         measured.extend([1])
         return original(self, encoded)
 
-    monkeypatch.setattr(plugin, "measure", dies_in_the_third_block)
+    monkeypatch.setattr(plugin, "measure", dies_later)
     with pytest.raises(KeyboardInterrupt):
-        oracle.label(lm, sample, targets, method=method, block_size=2, workdir=tmp_path / "broken")
+        label_by(method, sample, block_size=2, workdir=tmp_path / "broken")
     monkeypatch.setattr(plugin, "measure", original)
-    resumed = oracle.label(lm, sample, targets, method=method, block_size=2, workdir=tmp_path / "broken")
-    assert resumed.meta["cost"]["num_measured_now"] == 5
+    resumed = label_by(method, sample, block_size=2, workdir=tmp_path / "broken")
+    assert resumed.meta["cost"]["num_measured_now"] == 9 - 2 * num_finished
     assert (tmp_path / "broken/labels.parquet").read_bytes() == (tmp_path / "whole/labels.parquet").read_bytes()
     assert resumed.values.tobytes() == whole.values.tobytes()
 
@@ -164,21 +200,21 @@ def test_a_nan_loss_names_the_text_and_keeps_finished_blocks(lm, targets, make_t
     assert len(list((tmp_path / "blocks").glob("*.parquet"))) == 2
 
 
-def test_a_diverged_checkpoint_is_refused(lm, targets, make_token_texts):
+@pytest.mark.parametrize("method", MODEL_METHODS)
+def test_a_diverged_checkpoint_is_refused(method, lm, label_by, make_token_texts):
     with torch.no_grad():
         next(lm.module.parameters()).fill_(float("nan"))
-    for method in METHODS:
-        with pytest.raises(NotFiniteError, match="NaN"):
-            oracle.label(lm, make_token_texts(2, seed=1), targets, method=method)
+    with pytest.raises(NotFiniteError, match="NaN"):
+        label_by(method, make_token_texts(2, seed=1))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_text_without_a_target_token_has_no_influence_of_its_own_and_is_counted(method, lm, targets):
-    sample = [{"input_ids": [5]}, {"input_ids": [5, 6, 7]}]
+def test_a_text_without_a_target_token_has_no_influence_of_its_own_and_is_counted(method, label_by):
     with pytest.warns(UnlabelableTextWarning, match="1 of 2 texts have no target token"):
-        labels = oracle.label(lm, sample, targets, method=method)
-    shared = labels.meta["facts"].get("shared_part", [0.0, 0.0])
-    np.testing.assert_allclose(labels.values[0], shared, atol=1e-7)
+        labels = label_by(method, [{"input_ids": [5]}, {"input_ids": [5, 6, 7]}])
+    if method in TRAINING_METHODS:  # the others do not train on it
+        shared = labels.meta["facts"].get("shared_part", [0.0, 0.0])
+        np.testing.assert_allclose(labels.values[0], shared, atol=1e-7)
     assert labels.meta["num_without_target_token"] == 1
 
 
@@ -211,9 +247,6 @@ def test_target_subsampling_follows_the_seed_and_not_the_row_order(lm, make_toke
     )
     assert not np.allclose(oracle.label(lm, sample, {"t": rows}, seed=2, **settings).values, first.values, rtol=1e-2)
     assert first.meta["num_target_texts"] == {"t": 4}
-
-
-SENTENCES = ["The quick brown fox jumps over the lazy dog.", "Pack my box with five dozen liquor jugs."]
 
 
 def _change_lr(lm, make_tokenizer):
@@ -258,13 +291,69 @@ def test_another_tokenizer_of_the_sample_alone_is_refused(make_module, make_toke
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_labels_do_not_need_the_callers_gradient_mode(method, lm, targets, make_token_texts):
+def test_labels_do_not_need_the_callers_gradient_mode(method, label_by, make_token_texts):
     sample = make_token_texts(3, seed=1)
-    expected = oracle.label(lm, sample, targets, method=method)
+    expected = label_by(method, sample)
     with torch.no_grad():
-        found = oracle.label(lm, sample, targets, method=method)
+        found = label_by(method, sample)
         assert not torch.is_grad_enabled()
     assert found.values.tobytes() == expected.values.tobytes()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_labels_per_token_are_those_per_text_over_the_texts_tokens(method, label_by, make_token_texts):
+    sample = make_token_texts(5, seed=1)
+    whole, each = (label_by(method, sample, per=per) for per in ("text", "token"))
+    lengths = np.array([[len(row["input_ids"])] for row in sample])
+    np.testing.assert_allclose(each.values * lengths, whole.values, rtol=1e-5)
+    np.testing.assert_allclose(each.halves * lengths, whole.halves, rtol=1e-5)
+    assert each.units == whole.units + " per text token"
+
+
+def test_labels_per_token_and_per_text_do_not_mix(lm, targets, make_token_texts, tmp_path):
+    sample = make_token_texts(3, seed=1)
+    oracle.label(lm, sample, targets, method="grad_dot", workdir=tmp_path)
+    with pytest.raises(MismatchError, match="per: stored 'text', asked 'token'"):
+        oracle.label(lm, sample, targets, method="grad_dot", workdir=tmp_path, per="token")
+    with pytest.raises(InputError, match="per='word'"):
+        oracle.label(lm, sample, targets, method="grad_dot", per="word")
+    with pytest.raises(InputError, match="nothing counts the texts' tokens"):
+        oracle.label(None, SENTENCES, {"t": SENTENCES}, method="target_similarity", per="token")
+    own = oracle.label(lm, SENTENCES, {"t": SENTENCES[:1]}, method="target_similarity", per="token", rank_value="inverse")
+    assert own.target("t")[0] == pytest.approx(1 / len(lm.encode(SENTENCES)[0].input_ids))
+
+
+def test_only_methods_that_need_no_model_or_targets_do_without(lm, targets, make_token_texts):
+    sample = make_token_texts(3, seed=1)
+    for method in METHODS:
+        options = OPTIONS.get(method, lambda rows: {})(sample)
+        if NEEDS[method].model:
+            with pytest.raises(InputTypeError, match="lm is a NoneType"):
+                oracle.label(None, sample, targets if NEEDS[method].targets else None, method=method, **options)
+        if NEEDS[method].targets:
+            with pytest.raises(InputError, match=f"{method} needs target sets"):
+                oracle.label(lm, sample, method=method, **options)
+        else:
+            for given in ({"targets": targets}, {"max_target_texts": 3}):
+                with pytest.raises(InputError, match=f"{method} looks at no target set"):
+                    oracle.label(lm, sample, method=method, **given, **options)
+
+
+def test_without_a_model_labels_have_no_checkpoint_and_uncounted_tokens(tmp_path):
+    labels = oracle.label(None, SENTENCES, {"t": SENTENCES}, method="target_similarity", workdir=tmp_path)
+    assert not {"model", "checkpoint", "tokenizer"} & set(labels.meta)
+    assert np.isnan(labels.columns["num_tokens"]).all()
+    assert labels.meta["cost"]["num_tokens"] == 0 and labels.meta["cost"]["num_labelled"] == 2
+    again = oracle.label(None, SENTENCES[::-1], {"t": SENTENCES}, method="target_similarity", workdir=tmp_path)
+    np.testing.assert_array_equal(again.take(labels.text_ids).values, labels.values)
+
+
+def test_a_sample_that_is_measured_as_a_whole_cannot_grow(tmp_path):
+    more = [*SENTENCES, "Sphinx of black quartz, judge my vow."]
+    oracle.label(None, SENTENCES, {"t": SENTENCES}, method="target_similarity", workdir=tmp_path)
+    for sample in (more, SENTENCES[:1]):
+        with pytest.raises(MismatchError, match="sample: stored"):
+            oracle.label(None, sample, {"t": SENTENCES}, method="target_similarity", workdir=tmp_path)
 
 
 def _ticks(monkeypatch):
@@ -287,6 +376,13 @@ def test_flops_seconds_and_tokens_are_of_all_texts_that_have_labels(lm, targets,
 @pytest.mark.parametrize("dies_at", ["the labels", "the blocks' removal"])
 def test_a_kill_at_the_end_counts_no_second_twice(dies_at, lm, targets, make_token_texts, tmp_path, monkeypatch):
     _ticks(monkeypatch)
+    added, original = [], label_store.LabelStore.add
+
+    def counting(self, block, **options):
+        added.append(len(block))
+        original(self, block, **options)
+
+    monkeypatch.setattr(label_store.LabelStore, "add", counting)
     sample = make_token_texts(8, seed=1)
     settings = {"method": "grad_dot", "block_size": 2, "workdir": tmp_path}
     oracle.label(lm, sample[:2], targets, **settings)
@@ -298,16 +394,18 @@ def test_a_kill_at_the_end_counts_no_second_twice(dies_at, lm, targets, make_tok
         if dies_at == "the labels":
             patch.setattr("oracle.labels.to_table", dies)
         else:
-            patch.setattr(measure.shutil, "rmtree", dies)
+            patch.setattr(label_store.shutil, "rmtree", dies)
         with pytest.raises(KeyboardInterrupt):
             oracle.label(lm, sample[:6], targets, **settings)
     oracle.label(lm, sample, targets, **settings)
-    assert oracle.Labels.load(tmp_path).meta["cost"]["label_seconds"] == 4
+    assert oracle.Labels.load(tmp_path).meta["cost"]["label_seconds"] == len(added)
+    assert sum(added) == 8
     assert len(oracle.Labels.load(tmp_path)) == 8
 
 
 def test_preparing_costs_what_the_method_does(lm, targets, make_token_texts):
-    costs = {name: oracle.label(lm, make_token_texts(2, seed=1), targets, method=name).meta["cost"] for name in METHODS}
+    sample = make_token_texts(2, seed=1)
+    costs = {name: oracle.label(lm, sample, targets, method=name).meta["cost"] for name in ("one_step", "grad_dot")}
     assert costs["one_step"]["prepare_flops"] * 3 == costs["grad_dot"]["prepare_flops"] * 2 > 0
 
 
@@ -333,7 +431,7 @@ SCRIPT = textwrap.dedent("""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["grad_dot", "one_step"])
 def test_killed_with_sigkill_and_run_again_gives_the_same_bytes(method, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -8,7 +8,7 @@ import torch
 
 import oracle
 from oracle.errors import InputError
-from oracle.gradients.module_rules import UncoveredModuleError
+from oracle.gradients.general_rule import UncoveredModuleError
 from oracle.gradients.products import GradientProducts
 from oracle.gradients.text_products import SlowRouteWarning
 
@@ -163,7 +163,24 @@ def test_a_batch_that_a_rule_refuses_goes_the_plain_way(make_module, make_token_
     np.testing.assert_allclose(labels.values, expected.values, rtol=1e-3, atol=1e-5 * np.abs(expected.values).max())
 
 
-@pytest.mark.parametrize("kind", ["opt", "gemma", "gemma2", "gemma3", "phi", "cohere"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "opt",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "phi",
+        "cohere",
+        "mistral",
+        "qwen2",
+        "mixtral",
+        "qwen2_moe",
+        "gpt_oss",
+        "llama4",
+        "mamba",
+    ],
+)
 def test_common_architectures_take_the_batched_way(kind, make_module, make_token_texts, targets):
     labels = oracle.label(_lm(make_module, kind), make_token_texts(6, seed=2), targets, method="grad_dot")
     assert labels.meta["facts"]["route"] == "batched"
@@ -227,12 +244,40 @@ def test_cosine_is_the_angle_and_ignores_length_of_the_gradient(make_module, mak
 
 
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
-def test_a_mixture_of_experts_goes_the_plain_way_and_says_so(similarity, make_module, make_token_texts, targets):
+def test_a_mixture_of_experts_is_labelled_as_one_backward_pass_per_text_does_it(
+    similarity, make_module, make_token_texts, targets
+):
     lm, sample = _lm(make_module, "mixtral"), make_token_texts(4, seed=2)
-    with pytest.warns(SlowRouteWarning, match="one backward pass per text"):
-        labels = oracle.label(lm, sample, targets, method="grad_dot", similarity=similarity)
-    assert labels.meta["facts"]["route"].startswith("per_text")
+    labels = oracle.label(lm, sample, targets, method="grad_dot", similarity=similarity)
     slow = oracle.label(lm, sample, targets, method="grad_dot", similarity=similarity, per_text=True)
+    assert labels.meta["facts"]["route"] == "batched" and slow.meta["facts"]["route"] == "per_text"
+    np.testing.assert_allclose(labels.values, slow.values, rtol=1e-4, atol=1e-5 * np.abs(slow.values).max())
+
+
+def test_a_model_that_no_rule_covers_goes_the_plain_way_and_says_so(make_module, make_token_texts, targets):
+    lm, sample = _lm(make_module), make_token_texts(4, seed=2)
+    head = lm.module.lm_head
+
+    class FirstTokenLeftOut(torch.nn.Module):  # what the layer is given are no longer the tokens of the batch
+        def __init__(self):
+            super().__init__()
+            self.inner = head
+
+        @property
+        def weight(self):
+            return self.inner.weight
+
+        def forward(self, hidden):
+            flat = hidden.flatten(0, -2)
+            return torch.nn.functional.pad(self.inner(flat[1:]), (0, 0, 1, 0)).reshape(*hidden.shape[:-1], -1)
+
+    lm.module.lm_head = FirstTokenLeftOut()
+    with pytest.warns(SlowRouteWarning, match="one backward pass per text"):
+        labels = oracle.label(lm, sample, targets, method="grad_dot")
+    facts = labels.meta["facts"]
+    assert facts["route"].startswith("per_text")
+    assert facts["forced_the_slow_route"]["names"] == ["lm_head.inner.weight"]
+    slow = oracle.label(lm, sample, targets, method="grad_dot", per_text=True)
     np.testing.assert_array_equal(labels.values, slow.values)
 
 

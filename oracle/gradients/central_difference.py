@@ -1,0 +1,300 @@
+"""Products of every text's gradient with fixed directions, from forward passes alone.
+
+<grad L_i, D> = (L_i(theta + e D) - L_i(theta - e D)) / 2e + O(e^2): the weights are moved along D and back, and
+the losses of all texts are read on both sides. Nothing has to be known about the modules.
+
+The step e. With h the nats by which the loss moves on each side, the error from the loss's bend is about h^2 and that
+from rounding about eps / h, so h = eps^(1/3) balances them: 0.005 nats in float32. The slope that turns h into e is
+that of the target's own texts, from one ordinary gradient. (A step that is a fixed share of the weights' norm does
+worse: between the models tried, the best share differed thirtyfold, and the best h threefold.)
+
+The check. On the target's texts the differences have to add up to the ordinary gradient's product, and doubling e must
+not change them, else e is made smaller. Then doubling e must not change the first block of the sample. A direction that
+fails is refused: what is left is rounding, or a loss with kinks (ReLU), whose error falls with e alone.
+
+Choices. A layer that routes tokens to its best experts makes the loss jump where the choice flips, and a jump over 2e
+is no derivative: on a trained mixture of 8 experts the plain difference was wrong by as much as the largest value.
+So the choices of a pass at the weights themselves are held in the others, as an ordinary gradient holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from oracle.encoding import IGNORED, Batch, EncodedText
+from oracle.errors import InputError
+from oracle.gradients.products import dot_in_blocks
+from oracle.language_model import LanguageModel
+
+PRECISIONS = (torch.float32, torch.float64)  # in a coarser one, rounding eats most of a step that is small enough
+TOLERANCE = 5e-3  # of the largest value; Spearman's correlation stays above 0.999
+FLOAT64_TOLERANCE = 1e-6  # met where all of a model computes in float64, else the steps of float32 are tried
+SMALLER_STEPS = (1, 4, 16, 64)  # what the step is divided by, in turn, until the check passes
+MIN_SHARE = 0.1  # of the target's own largest value: the least that errors in the first block are compared with
+
+
+@dataclass(frozen=True)
+class Step:
+    """The step along one direction.
+
+    Attributes:
+        size: e.
+        relative: |e D| over the norm of the weights (over 1 where they are all 0).
+        largest: The largest absolute value among the texts that it was checked on.
+        error: What the check found, relative to that.
+    """
+
+    size: float
+    relative: float
+    largest: float
+    error: float
+
+
+class HeldChoices(TorchFunctionMode):
+    """The first pass inside it notes what `topk` and `argmax` choose; every later pass is given the same choices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.choices: list[Tensor] = []
+        self._replays, self._position = False, 0
+
+    def __enter__(self) -> HeldChoices:
+        self._position = 0
+        super().__enter__()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._replays = True
+        super().__exit__(kind, error, trace)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        is_top = func in (torch.topk, Tensor.topk)
+        if not is_top and func not in (torch.argmax, Tensor.argmax):
+            return func(*args, **kwargs)
+        if not self._replays:
+            result = func(*args, **kwargs)
+            self.choices.append(result.indices if is_top else result)
+            return result
+        assert self._position < len(self.choices), "a pass makes more choices than the pass at the weights themselves"
+        chosen = self.choices[self._position]
+        self._position += 1
+        if not is_top:
+            return chosen
+        values = args[0] if args else kwargs["input"]
+        dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
+        return torch.return_types.topk((values.gather(dim, chosen), chosen))
+
+
+class CentralDifference:
+    """Every text's loss derivative along K directions, two forward passes each.
+
+    Args:
+        lm: The model; it is left as it was after every call, also when that raises.
+        directions: Parameter name -> (K, *shape); of parameters that pass `check_precision`.
+        reduction: A text's loss as "mean" or "sum" of its target tokens' losses.
+        relative: |e D| over the norm of the weights; None takes the rule in this file's head.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, directions: dict[str, Tensor], *, reduction: str = "mean", relative: float | None = None
+    ) -> None:
+        self.lm, self.directions, self.reduction, self.relative = lm, directions, reduction, relative
+        self.parameters = {name: p for name, p in lm.module.named_parameters() if name in directions}
+        self.originals = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.num_directions = next(iter(directions.values())).shape[0]
+        self.steps: list[Step] = []
+        self.makes_choices = False
+        self.sample_error: float | None = None  # of the first block; relative to its largest value
+        self.num_checked_tokens = 0  # padded tokens of the checks' forward passes; a backward pass counts as two
+
+    @property
+    def passes_per_text(self) -> int:
+        """Forward passes for one text: two per direction, and one at the weights themselves where choices are held."""
+        return 2 * self.num_directions + int(self.makes_choices)
+
+    def add_step(self, batch: Batch, *, name: str) -> None:
+        """Choose and check the step along the next direction.
+
+        Args:
+            batch: Texts of the direction's own target.
+            name: The target's name, for errors.
+
+        Raises:
+            InputError: The direction is zero, or no step that was tried passes the check.
+        """
+        index = len(self.steps)
+        length = _norm([direction[index] for direction in self.directions.values()])
+        slope, held = self._slope(batch, index)
+        if length == 0 or slope == 0:
+            raise InputError(
+                f"the loss of target set {name!r} is flat along its own gradient.",
+                "a target set that the trainable parameters have an effect on",
+                "check which parameters are trainable, or take other target texts.",
+            )
+        whole = (_norm(list(self.originals.values())) or 1.0) / length  # e for a step as long as the weights
+        candidates = self._candidates(batch, slope) if self.relative is None else [(self.relative * whole, TOLERANCE)]
+        tried = []
+        for size, tolerance in candidates:
+            largest, error = self._error(batch, held, index, size=size, slope=slope)
+            tried.append(Step(size, size / whole, largest, error))
+            if error <= tolerance:
+                self.steps.append(tried[-1])
+                return
+        told = ", ".join(f"{step.error:.1e} with a step of {step.relative:.1e}" for step in tried)
+        raise self._inexact(f"on target set {name!r} itself", told)
+
+    def measure(self, encoded: Sequence[EncodedText]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the derivatives (B, K) and the losses (B,), the mean of all sides; the weights are set 2 K times.
+
+        Raises:
+            InputError: In the first block, doubling the steps changes a value by more than `TOLERANCE`.
+        """
+        batches = list(self.lm.batches(encoded))
+        held: list[AbstractContextManager[Any]] = [HeldChoices() if self.makes_choices else nullcontext() for _ in batches]
+        with self._restored():
+            if self.makes_choices:
+                self._token_losses(batches, held)
+            products, losses = self._block(batches, held, num_texts=len(encoded))
+            if self.sample_error is None:
+                self._check_sample(products, self._block(batches, held, num_texts=len(encoded), factor=2)[0])
+        return products, losses
+
+    def _block(
+        self, batches: Sequence[Batch], held: Sequence[AbstractContextManager[Any]], *, num_texts: int, factor: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        products, losses = np.zeros((num_texts, self.num_directions)), np.zeros(num_texts)
+        for index, step in enumerate(self.steps):
+            sides = self._differences(batches, held, index, size=factor * step.size)
+            for batch, (slopes, means) in zip(batches, sides, strict=True):
+                products[batch.positions, index] = slopes.cpu().numpy()
+                losses[batch.positions] += means.cpu().numpy() / self.num_directions
+        return products, losses
+
+    # ------------------------------------------------------------------ the step and its check
+
+    def _slope(self, batch: Batch, index: int) -> tuple[float, HeldChoices]:
+        """Return <grad of the texts' summed loss, D> by one backward pass, and the choices made on the way."""
+        held = HeldChoices()
+        with held, torch.enable_grad():
+            loss = self.lm.text_losses(batch, reduction=self.reduction).sum()
+        gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        self.num_checked_tokens += 3 * batch.input_ids.numel()
+        self.makes_choices |= bool(held.choices)
+        slope = 0.0
+        for direction, gradient in zip((self.directions[name] for name in self.parameters), gradients, strict=True):
+            if gradient is not None:
+                slope += float(dot_in_blocks(gradient.reshape(1, -1), direction[index].to(gradient.dtype).reshape(1, -1)))
+        return slope, held
+
+    def _candidates(self, batch: Batch, slope: float) -> Iterator[tuple[float, float]]:
+        """Yield (step, tolerance): that of the weights' precision, then smaller ones.
+
+        Some layers of a float64 model compute in float32 (the norms of Llama); float32's steps follow for those.
+        """
+        num_losses = len(batch.positions) if self.reduction == "mean" else int(_mask(batch).sum())
+        per_nat = num_losses / abs(slope)
+        if all(p.dtype == torch.float64 for p in self.parameters.values()):
+            yield per_nat * torch.finfo(torch.float64).eps ** (1 / 3), FLOAT64_TOLERANCE
+        for divisor in SMALLER_STEPS:
+            yield per_nat * torch.finfo(torch.float32).eps ** (1 / 3) / divisor, TOLERANCE
+
+    def _error(self, batch: Batch, held: HeldChoices, index: int, *, size: float, slope: float) -> tuple[float, float]:
+        """Return the largest value, and what doubling the step changes of it, or the sum misses of the gradient's if more."""
+        with self._restored():
+            near, far = (self._differences([batch], [held], index, size=factor * size)[0][0] for factor in (1, 2))  # (B,)
+        self.num_checked_tokens += 4 * batch.input_ids.numel()
+        tiny = torch.finfo(torch.float32).tiny
+        largest = near.abs().max()
+        of_step = (near - far).abs().max() / largest.clamp_min(tiny)
+        of_sum = (near.sum() - slope).abs() / near.abs().sum().clamp_min(tiny)
+        return float(largest), float(torch.maximum(of_step, of_sum))
+
+    def _check_sample(self, near: np.ndarray, far: np.ndarray) -> None:
+        """Compare the values (B, K) with those of twice the steps; a text whose loss is not finite is not judged here."""
+        rows = np.isfinite(near).all(1) & np.isfinite(far).all(1)
+        if not rows.any():
+            return
+        near, far = near[rows], far[rows]
+        scale = np.maximum(np.abs(near).max(0), [MIN_SHARE * step.largest for step in self.steps])  # (K,)
+        error = float((np.abs(near - far).max(0) / scale).max())
+        if error > TOLERANCE:
+            steps = ", ".join(f"{step.relative:.1e}" for step in self.steps)
+            raise self._inexact("on the first block of the sample", f"{error:.1e} with steps of {steps}")
+        self.sample_error = error
+
+    def _inexact(self, where: str, told: str) -> InputError:
+        hint = "" if self.relative is None else ", or leave relative_step out, and a rule chooses the step"
+        return InputError(
+            f"differences of losses {where} are off by too much of the largest one: {told} of the norm of the weights.",
+            f"an error of at most {TOLERANCE:g}, from doubling the step or from an ordinary gradient",
+            "switch autocast and TF32 off; load a model with kinks (ReLU) in float64; or use method='grad_dot'" + hint + ".",
+        )
+
+    # ------------------------------------------------------------------ passes
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(self.originals[name])
+
+    def _differences(
+        self, batches: Sequence[Batch], held: Sequence[AbstractContextManager[Any]], index: int, *, size: float
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return for each batch the derivatives (B,) and the mean losses of both sides (B,), float64.
+
+        The difference is taken token by token: the sum of a long text's losses has fewer digits left for it.
+        """
+        sides = []
+        for signed in (size, -size):
+            for name, parameter in self.parameters.items():
+                torch.add(self.originals[name], self.directions[name][index], alpha=signed, out=parameter.detach())
+            sides.append(self._token_losses(batches, held))
+        result = []
+        for batch, up, down in zip(batches, *sides, strict=True):
+            num_losses = _mask(batch).sum(1).clamp_min(1) if self.reduction == "mean" else 1
+            up, down = up.double(), down.double()
+            result.append(((up - down).sum(1) / (2 * size * num_losses), (up + down).sum(1) / (2 * num_losses)))
+        return result
+
+    def _token_losses(self, batches: Sequence[Batch], held: Sequence[AbstractContextManager[Any]]) -> list[Tensor]:
+        result = []
+        for batch, choices in zip(batches, held, strict=True):
+            with torch.no_grad(), choices:
+                result.append(self.lm.token_losses(batch)[0])
+        return result
+
+
+def check_precision(parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Refuse weights whose own rounding is larger than a small enough step.
+
+    Raises:
+        InputError: A weight has another precision than `PRECISIONS`.
+    """
+    for name, parameter in parameters.items():
+        if parameter.dtype not in PRECISIONS:
+            raise InputError(
+                f"the weights {name} are {str(parameter.dtype).removeprefix('torch.')}, where rounding eats a small step.",
+                "trainable weights in float32 or float64",
+                "load the model in float32, or use method='grad_dot'.",
+            )
+
+
+def _mask(batch: Batch) -> Tensor:
+    return batch.labels[:, 1:] != IGNORED  # (B, L-1)
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return float(sum(float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2 for tensor in tensors)) ** 0.5

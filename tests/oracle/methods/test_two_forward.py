@@ -1,0 +1,295 @@
+"""`two_forward` against `grad_dot`'s plain loop; what its step and its checks refuse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import oracle
+from oracle.comparison import spearman
+from oracle.errors import InputError
+from oracle.gradients import central_difference
+from oracle.gradients.central_difference import CentralDifference, HeldChoices, Step
+from oracle.gradients.metric import prepare_directions
+from oracle.methods.two_forward import TwoForward
+from oracle.target_columns import prepare_targets
+from oracle.targets import read_targets
+
+
+@pytest.fixture
+def targets(make_token_texts):
+    return {"several": make_token_texts(6, seed=5), "single": make_token_texts(1, seed=6)}
+
+
+@pytest.fixture
+def make_lm(make_module, make_token_texts, make_adamw):
+    def make_lm(kind, *, dtype=torch.float32, **options):
+        module = make_module(kind, **options).to(dtype)
+        return oracle.LanguageModel(module, optimizer=make_adamw(module, make_token_texts(4, seed=0)), max_tokens=64)
+
+    return make_lm
+
+
+def _both(lm, sample, targets, **options):
+    """The labels, and those of one backward pass per text."""
+    settings = {"halves": options.pop("halves", True), **options}
+    step = settings.pop("relative_step", None)
+    labels = oracle.label(lm, sample, targets, method="two_forward", relative_step=step, **settings)
+    return labels, oracle.label(lm, sample, targets, method="grad_dot", per_text=True, **settings)
+
+
+def _error(found, expected):
+    """The largest error of a column, relative to the column's largest value."""
+    return float((np.abs(found - expected).max(-2) / np.abs(expected).max(-2)).max())
+
+
+@pytest.mark.parametrize("preconditioner", ["none", "adam"])
+@pytest.mark.parametrize("kind", ["gpt2", "neox", "llama", "qwen3", "mixtral"])
+def test_values_are_those_of_grad_dot(kind, preconditioner, make_lm, make_token_texts, targets):
+    labels, expected = _both(make_lm(kind), make_token_texts(20, seed=2), targets, preconditioner=preconditioner)
+    assert _error(labels.values, expected.values) < 1e-3
+    assert _error(labels.halves[:, :, :1], expected.halves[:, :, :1]) < 2e-3  # "single" has no halves
+    assert min(spearman(labels.values[:, c], expected.values[:, c]) for c in range(2)) > 0.999
+    assert labels.units == expected.units
+    np.testing.assert_allclose(labels.columns["text_loss"], expected.columns["text_loss"], rtol=1e-5)
+    assert labels.meta["facts"]["first_block_relative_error"] < 5e-3
+    assert labels.meta["facts"]["holds_routing"] == (kind == "mixtral")
+
+
+@pytest.mark.parametrize("preconditioner", ["none", "adam"])
+@pytest.mark.parametrize("kind", ["gpt2", "neox"])  # the norms of the others compute in float32 at any precision
+def test_in_float64_only_the_rounding_of_labels_is_left(kind, preconditioner, make_lm, make_token_texts, targets):
+    lm = make_lm(kind, dtype=torch.float64)
+    labels, expected = _both(lm, make_token_texts(12, seed=2), targets, preconditioner=preconditioner)
+    assert _error(labels.values, expected.values) < 1e-6
+
+
+def test_a_float64_model_with_layers_in_float32_takes_the_step_of_float32(make_lm, make_token_texts, targets):
+    labels, expected = _both(make_lm("llama", dtype=torch.float64), make_token_texts(12, seed=2), targets)
+    assert _error(labels.values, expected.values) < 1e-3
+    assert min(labels.meta["facts"]["relative_steps"]) > 1e-5
+
+
+def test_the_error_falls_as_the_square_of_the_step(make_lm, make_token_texts, targets):
+    lm, sample = make_lm("gpt2", dtype=torch.float64), make_token_texts(8, seed=2)
+    pairs = [_both(lm, sample, targets, preconditioner="none", relative_step=step) for step in (4e-4, 2e-4, 1e-4)]
+    errors = [_error(labels.values, expected.values) for labels, expected in pairs]
+    assert errors[0] > 1e-5
+    np.testing.assert_allclose([errors[0] / errors[1], errors[1] / errors[2]], 4.0, rtol=0.05)
+
+
+@pytest.mark.parametrize("text_loss", ["mean", "sum"])
+def test_a_text_counts_by_its_mean_or_by_its_tokens(text_loss, make_lm, make_token_texts, targets):
+    lm, sample = make_lm("neox", dtype=torch.float64), make_token_texts(8, seed=2)
+    labels, expected = _both(lm, sample, targets, text_loss=text_loss)
+    mean = labels if text_loss == "mean" else oracle.label(lm, sample, targets, method="two_forward")
+    lengths = np.array([len(row["input_ids"]) - 1 for row in sample])[:, None] if text_loss == "sum" else 1
+    assert _error(labels.values, expected.values) < 1e-6
+    np.testing.assert_allclose(labels.values, mean.values * lengths, rtol=1e-5, atol=1e-7 * np.abs(labels.values).max())
+
+
+def test_a_text_does_not_feel_its_batch(make_lm, make_token_texts, targets):
+    lm, sample = make_lm("llama"), make_token_texts(20, seed=2)
+    together = oracle.label(lm, sample, targets, method="two_forward")
+    alone = oracle.label(lm, sample[::-1], targets, method="two_forward", block_size=1).take(together.text_ids)
+    assert _error(alone.values, together.values) < 1e-3
+    assert alone.meta["facts"]["relative_steps"] == together.meta["facts"]["relative_steps"]
+
+
+def test_dropout_is_off_and_frozen_weights_stay(make_lm, make_token_texts, targets):
+    lm = make_lm("neox", hidden_dropout=0.3)
+    lm.module.get_input_embeddings().weight.requires_grad_(False)
+    lm.module.train()
+    labels, expected = _both(lm, make_token_texts(8, seed=2), targets)
+    assert _error(labels.values, expected.values) < 1e-3
+    assert lm.module.training
+
+
+# ---------------------------------------------------------------------- routing
+
+
+def test_a_choice_of_experts_that_would_flip_is_held(make_lm, make_token_texts, targets, monkeypatch):
+    lm, sample = make_lm("mixtral"), make_token_texts(20, seed=2)
+    options = {"preconditioner": "none", "relative_step": 6e-4}
+    labels, expected = _both(lm, sample, targets, **options)
+    assert _error(labels.values, expected.values) < 5e-3
+    monkeypatch.setattr(
+        HeldChoices, "__torch_function__", lambda self, func, types, args=(), kwargs=None: func(*args, **kwargs or {})
+    )
+    with pytest.raises(InputError, match="off by too much"):
+        oracle.label(lm, sample, targets, method="two_forward", **options)
+
+
+def test_held_choices_are_those_of_the_first_pass():
+    held, first, second = HeldChoices(), torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[0.0, 5.0, 4.0]])
+    with held:
+        torch.topk(first, 2, dim=-1), first.argmax(-1)
+    for _ in range(2):
+        with held:
+            values, indices = second.topk(2)
+            best = torch.argmax(second, dim=-1)
+        assert (values.tolist(), indices.tolist(), best.tolist()) == ([[0.0, 4.0]], [[0, 2]], [0])
+    assert second.topk(2).indices.tolist() == [[1, 2]]
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_low_precision_are_refused_before_anything_is_measured(dtype, make_module, make_token_texts, monkeypatch):
+    lm = oracle.LanguageModel(make_module("llama").to(dtype), max_tokens=64)
+    monkeypatch.setattr(lm, "token_losses", None)
+    with pytest.raises(InputError, match=r"(?s)float16, where rounding eats.*load the model in float32.*grad_dot"):
+        oracle.label(lm, make_token_texts(3, seed=2), {"t": make_token_texts(3, seed=5)}, method="two_forward")
+
+
+def test_rounding_inside_a_float32_model_is_noticed(make_lm, make_token_texts, targets):
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(InputError, match=r"(?s)'several' itself are off.*autocast"):
+        oracle.label(make_lm("llama"), make_token_texts(3, seed=2), targets, method="two_forward")
+
+
+@pytest.mark.parametrize("step", [0.03, 1e-9])
+def test_a_step_that_is_too_large_or_too_small_is_refused(step, make_lm, make_token_texts, targets):
+    lm, sample = make_lm("neox"), make_token_texts(8, seed=2)
+    with pytest.raises(InputError, match=r"(?s)off by too much.*leave relative_step out"):
+        oracle.label(lm, sample, targets, method="two_forward", relative_step=step)
+
+
+@pytest.mark.parametrize("step", [0.0, -1e-4, float("nan")])
+def test_a_step_is_a_positive_number(step):
+    with pytest.raises(InputError, match="relative_step"):
+        TwoForward(relative_step=step)
+
+
+def test_kinks_are_noticed_on_the_sample_and_gone_in_float64(make_lm, make_token_texts, targets):
+    sample = make_token_texts(20, seed=2)
+    with pytest.raises(InputError, match=r"(?s)first block.*ReLU.*float64"):
+        oracle.label(make_lm("opt"), sample, targets, method="two_forward", preconditioner="none")
+    labels, expected = _both(make_lm("opt", dtype=torch.float64), sample, targets, preconditioner="none")
+    assert _error(labels.values, expected.values) < 1e-3
+
+
+def test_a_block_of_texts_without_influence_is_no_failure(make_lm, make_token_texts):
+    lm = make_lm("neox")
+    columns = prepare_targets(lm, read_targets({"t": make_token_texts(4, seed=5)}, max_texts=None, seed=0), halves=False)
+    differences = CentralDifference(lm, prepare_directions(lm, columns).tensors)
+    differences.steps.append(Step(size=1.0, relative=1.0, largest=1.0, error=0.0))
+    differences._check_sample(np.array([[1e-5], [0.0]]), np.array([[2e-5], [0.0]]))
+    assert differences.sample_error == pytest.approx(1e-4)
+    with pytest.raises(InputError, match="first block"):
+        differences._check_sample(np.array([[1.0], [0.0]]), np.array([[1.01], [0.0]]))
+
+
+def test_passes_that_do_not_feel_the_weights_are_noticed(make_lm, make_token_texts, targets, monkeypatch):
+    lm, seen = make_lm("neox"), {}
+    original = lm.token_losses
+
+    def stale(batch):
+        if torch.is_grad_enabled():
+            return original(batch)
+        return seen.setdefault(batch.input_ids.shape, original(batch))
+
+    monkeypatch.setattr(lm, "token_losses", stale)
+    with pytest.raises(InputError, match="off by too much"):
+        oracle.label(lm, make_token_texts(3, seed=2), targets, method="two_forward")
+
+
+def test_noise_that_cancels_in_the_sum_is_noticed(make_lm, make_token_texts, monkeypatch):
+    lm, calls = make_lm("neox"), []
+    columns = prepare_targets(lm, read_targets({"t": make_token_texts(4, seed=5)}, max_texts=None, seed=0), halves=False)
+    directions = prepare_directions(lm, columns).tensors
+    CentralDifference(lm, directions, reduction="sum").add_step(columns.batches[0], name="t")
+    original = lm.token_losses
+
+    def noisy(batch):
+        losses, mask = original(batch)
+        if not torch.is_grad_enabled():
+            calls.append(batch)
+            losses[:, 0] += 1e-2 * (-1) ** (torch.arange(len(losses)) + len(calls))
+        return losses, mask
+
+    monkeypatch.setattr(lm, "token_losses", noisy)
+    with pytest.raises(InputError, match="'t' itself are off"):
+        CentralDifference(lm, directions, reduction="sum").add_step(columns.batches[0], name="t")
+
+
+def test_a_step_over_which_the_loss_bends_is_made_smaller(make_lm, make_token_texts, targets, monkeypatch):
+    lm, sample = make_lm("neox"), make_token_texts(8, seed=2)
+    usual = oracle.label(lm, sample, targets, method="two_forward")
+    monkeypatch.setattr(central_difference, "SMALLER_STEPS", (1 / 64, 1))
+    again = oracle.label(lm, sample, targets, method="two_forward")
+    assert again.values.tobytes() == usual.values.tobytes()
+    assert again.meta["cost"]["prepare_flops"] > usual.meta["cost"]["prepare_flops"]
+
+
+def test_a_target_without_a_slope_is_refused_by_name(make_module, make_token_texts, targets):
+    module = make_module("llama").requires_grad_(False)
+    module.unused = torch.nn.Parameter(torch.ones(3))
+
+    def depends_in_vain(module, args, output):
+        output.logits = output.logits + 0 * module.unused.sum()
+
+    module.register_forward_hook(depends_in_vain)
+    lm = oracle.LanguageModel(module, max_tokens=64)
+    with pytest.raises(InputError, match="'several' is flat"):
+        oracle.label(lm, make_token_texts(3, seed=2), targets, method="two_forward")
+
+
+# ---------------------------------------------------------------------- state and cost
+
+
+def test_weights_come_back_bit_for_bit_also_from_the_middle_of_a_pass(make_lm, make_token_texts, targets):
+    lm = make_lm("gpt2")
+    columns = prepare_targets(lm, read_targets(targets, max_texts=None, seed=0))
+    differences = CentralDifference(lm, prepare_directions(lm, columns).tensors)
+    before = lm.fingerprint()
+    for batch in columns.batches:
+        differences.add_step(batch, name="target")
+    assert lm.fingerprint() == before
+    sample = lm.encode(make_token_texts(8, seed=2))
+    products, _ = differences.measure(sample)
+    assert lm.fingerprint() == before
+    moved = []
+
+    def fails_in_the_third_pass(module, args, kwargs):
+        moved.append(lm.fingerprint())
+        if len(moved) == 3:
+            raise RuntimeError("out of memory")
+
+    with (
+        lm.module.register_forward_pre_hook(fails_in_the_third_pass, with_kwargs=True),
+        pytest.raises(RuntimeError, match="out of memory"),
+    ):
+        differences.measure(sample)
+    assert len({before, *moved}) == 4
+    assert lm.fingerprint() == before
+    np.testing.assert_array_equal(differences.measure(sample)[0], products)
+
+
+@pytest.mark.parametrize(("kind", "extra"), [("gpt2", 0), ("mixtral", 1)])
+@pytest.mark.parametrize("halves", [False, True])
+def test_counted_flops_are_those_of_the_passes_made(kind, extra, halves, make_lm, make_token_texts):
+    lm = make_lm(kind)
+    columns = prepare_targets(lm, read_targets({"t": make_token_texts(6, seed=5)}, max_texts=None, seed=0), halves=halves)
+    first, second = lm.encode(make_token_texts(8, seed=2)), lm.encode(make_token_texts(1, seed=3))
+    method, seen = TwoForward(), []
+    with lm.module.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    ):
+        method.prepare(lm, columns)
+        method.measure(first)
+        seen.clear()
+        method.measure(second)
+    num_tokens = len(second[0].input_ids)
+    assert len(seen) == (4 if halves else 2) + extra
+    assert method.flops(num_tokens, columns) == sum(seen) * lm.forward_flops_per_token
+
+
+def test_one_direction_costs_two_thirds_of_grad_dot(make_lm, make_token_texts):
+    lm, sample, targets = make_lm("neox"), make_token_texts(8, seed=2), {"t": make_token_texts(6, seed=5)}
+    labels, expected = _both(lm, sample, targets, halves=False)
+    assert labels.meta["cost"]["label_flops"] == pytest.approx(expected.meta["cost"]["label_flops"] * 2 / 3)
+    assert labels.meta["cost"]["prepare_flops"] > expected.meta["cost"]["prepare_flops"]
+    whole = oracle.label(lm, sample, targets, method="two_forward")
+    assert whole.meta["cost"]["label_flops"] == 2 * labels.meta["cost"]["label_flops"]
