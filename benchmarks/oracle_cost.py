@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import io
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,9 @@ import torch
 from setting import arguments, report, start
 
 import oracle
+from oracle import plugins
 from oracle.encoding import make_batch
+from oracle.gradients.curvature import fit_factors
 from oracle.gradients.products import GradientProducts
 from oracle.language_model import LanguageModel
 from oracle.methods.one_step import OneStep
@@ -29,6 +33,8 @@ from oracle.targets import read_targets
 from surrogate.training.small_models import build_model
 
 NUM_DIRECTIONS = (1, 4, 8, 16)
+NUM_FITTED = 32  # texts that the factors of ekfac are fitted on
+PLAIN = "forward and backward"
 
 
 def main() -> None:
@@ -66,8 +72,9 @@ def main() -> None:
     optimizer.step()
     optimizer.zero_grad()
     gradient = _gradient_rows(lm, batch, options.turns)
+    methods, fit_ratio = _method_rows(lm, encoded, rows[options.batch :], turns=options.turns)
     steps = _step_rows(lm, encoded, rows[options.batch :], turns=options.turns, workdir=options.workdir)
-    baseline = statistics.median(gradient["forward and backward"])
+    baseline = statistics.median(gradient[PLAIN])
     table = [
         [
             name,
@@ -77,10 +84,17 @@ def main() -> None:
         for name, values in gradient.items()
     ]
     table += [
+        [name, f"{1000 * statistics.median(values) / options.batch:.1f}", f"{_ratio(values, methods[PLAIN]):.3f}"]
+        for name, values in methods.items()
+        if name != PLAIN
+    ]
+    table += [["fitting the factors of ekfac, per text fitted on", "", f"{fit_ratio:.2f}"]]
+    table += [
         [name, f"{1000 * statistics.median(values):.1f}", f"{statistics.median(values) * options.batch / baseline:.2f}"]
         for name, values in steps.items()
     ]
-    ratios = {name: round(_ratio(values, gradient["forward and backward"]), 4) for name, values in gradient.items()}
+    ratios = {name: round(_ratio(values, gradient[PLAIN]), 4) for name, values in gradient.items()}
+    ratios |= {name: round(_ratio(values, methods[PLAIN]), 4) for name, values in methods.items()}
     speedup = _ratio(steps["reload from disk, target texts one by one"], steps["one_step"])
     report(
         f"{options.architecture}, {lm.num_parameters / 1e6:.1f}M parameters, {options.tokens} tokens, batch {options.batch}, "
@@ -93,6 +107,7 @@ def main() -> None:
             "tokens": options.tokens,
             "batch": options.batch,
             "ratios": ratios,
+            "ekfac_fit_per_text": round(fit_ratio, 3),
             "one_step_speedup_over_reloading_probe": round(speedup, 2),
             "target_texts": options.target_texts,
         },
@@ -123,7 +138,34 @@ def _gradient_rows(lm: LanguageModel, batch, turns: int) -> dict[str, list[float
 
         return run
 
-    return _in_turns({"forward and backward": plain, **{name: products(engine) for name, engine in engines.items()}}, turns)
+    return _in_turns({PLAIN: plain, **{name: products(engine) for name, engine in engines.items()}}, turns)
+
+
+def _method_rows(lm: LanguageModel, encoded, target_rows, *, turns: int) -> tuple[dict[str, list[float]], float]:
+    """Whole methods with one target and no halves, what is done once left out; and what fitting ekfac's factors costs."""
+    columns = prepare_targets(lm, read_targets({"t": oracle.read_texts(target_rows)}), halves=False)
+    batch = make_batch(encoded, positions=list(range(len(encoded))), device=lm.device)
+    rng = np.random.default_rng(1)
+    texts = [{"input_ids": rng.integers(1, lm.vocabulary_size, lm.max_tokens).tolist()} for _ in range(NUM_FITTED)]
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+
+    def plain() -> None:
+        lm.text_losses(batch).sum().backward()
+        lm.module.zero_grad(set_to_none=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        begin = clock()
+        fit_factors(lm, texts, Path(folder) / "factors")
+        fit_seconds = (clock() - begin) / NUM_FITTED
+        options = {"grad_dot": {}, "two_forward": {}, "ekfac": {"factors": str(Path(folder) / "factors")}, "less": {}}
+        made = {name: plugins.create("oracle.methods", name, given) for name, given in options.items()}
+        with lm.preserved():
+            for method in made.values():
+                method.prepare(lm, columns)
+                method.measure(encoded)  # what is checked on the first texts
+            jobs = {f"{name}, the whole method": partial(method.measure, encoded) for name, method in made.items()}
+            seconds = _in_turns({PLAIN: plain, **jobs}, turns)
+    return seconds, fit_seconds * len(encoded) / statistics.median(seconds[PLAIN])
 
 
 def _step_rows(lm: LanguageModel, encoded, target_rows, *, turns: int, workdir: Path) -> dict[str, list[float]]:

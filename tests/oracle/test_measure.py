@@ -403,6 +403,20 @@ def test_a_kill_at_the_end_counts_no_second_twice(dies_at, lm, targets, make_tok
     assert len(oracle.Labels.load(tmp_path)) == 8
 
 
+def test_texts_of_like_length_share_a_block_and_the_longest_come_first(lm, targets, make_token_texts, monkeypatch):
+    lengths, original = [], label_store.LabelStore.add
+
+    def noting(self, block, **options):
+        lengths.extend(block.columns["num_tokens"].tolist())
+        original(self, block, **options)
+
+    monkeypatch.setattr(label_store.LabelStore, "add", noting)
+    sample = make_token_texts(12, seed=1)
+    labels = oracle.label(lm, sample, targets, method="grad_dot", block_size=4)
+    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 5
+    assert labels.columns["num_tokens"].tolist() == [len(row["input_ids"]) for row in sample]
+
+
 def test_preparing_costs_what_the_method_does(lm, targets, make_token_texts):
     sample = make_token_texts(2, seed=1)
     costs = {name: oracle.label(lm, sample, targets, method=name).meta["cost"] for name in ("one_step", "grad_dot")}

@@ -77,7 +77,7 @@ def test_a_text_that_does_not_fit_alone_is_refused_and_the_model_put_back(lm, se
     set_memory(20)
     with pytest.raises(InputError, match="no memory for one text of 40 tokens alone"):
         oracle.label(lm, sample, {"t": sample[:2]}, method="grad_dot", block_size=2, workdir=tmp_path)
-    assert len(list((tmp_path / "blocks").glob("*.parquet"))) == 2
+    assert not list((tmp_path / "blocks").glob("*.parquet"))  # the longest come first, so nothing was measured in vain
     assert lm.batch_tokens == 128
     assert lm.fingerprint(optimizer=True) == before
 
