@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 import numpy as np
-from setting import arguments, load_pool, report, start, warmed_up
+from setting import arguments, load_pool, report, shape_arguments, start, warmed_up_as_asked
 
 from oracle import plugins
 from oracle.comparison import noise_ceiling
@@ -28,81 +28,40 @@ from surrogate.splits import grouped_holdout, near_duplicate_groups
 
 CURVE = (300, 600, 1200, 2400)
 CURVE_SETS = ("text", "live")  # for these every surrogate gets the whole curve, for the others only ridge
+SETS = {
+    "text": ["hashed_ngrams", "text_stats"],
+    "text + proxy": ["hashed_ngrams", "text_stats", "proxy"],
+    "proxy": ["proxy"],
+    "live": ["live"],
+    "text + live": ["hashed_ngrams", "text_stats", "live"],
+}
 
 
 def main() -> None:
     """Run the benchmark."""
-    parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--labels", type=int, default=3000, help="labelled texts, the held-out fifth among them")
-    parser.add_argument("--holdout", type=float, default=0.2, help="share of the labelled texts that is held out")
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--proxy-width", type=int, default=40, help="with a third of the layers, an eighth of the parameters")
-    parser.add_argument("--vocabulary", type=int, default=2048)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--warmup-tokens", type=int, default=1_000_000)
-    parser.add_argument("--target-texts", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = _options()
     start(options)
     pool, targets = load_pool(options)
     run = Run(options.workdir / "fidelity")
     run.set_pool(pool)
-    shape = {
-        "vocabulary_size": options.vocabulary,
-        "max_tokens": options.tokens,
-        "num_tokens": options.warmup_tokens,
-        "seed": options.seed,
-    }
-    lm = warmed_up(run.folder / "model", pool, architecture="neox", width=options.width, num_layers=options.layers, **shape)
-    proxy = warmed_up(
-        run.folder / "proxy",
-        pool,
-        architecture="neox",
-        width=options.proxy_width,
-        num_layers=max(options.layers // 3, 1),
-        **shape,
-    )
+    lm = warmed_up_as_asked(run.folder / "model", pool, options, architecture="neox")
+    proxy_shape = {"width": options.proxy_width, "num_layers": max(options.layers // 3, 1)}
+    proxy = warmed_up_as_asked(run.folder / "proxy", pool, options, architecture="neox", **proxy_shape)
     sample = run.sample(min(options.labels, len(pool)), seed=options.seed)
-    labels = label(
-        lm,
-        sample,
-        targets,
-        method="grad_dot",
-        workdir=run.folder / "labels",
-        max_target_texts=options.target_texts,
-        seed=options.seed,
-    )
-    cache = FeatureCache(run.folder / "features")
     own = {"max_target_texts": options.target_texts}
+    labels = label(lm, sample, targets, method="grad_dot", workdir=run.folder / "labels", seed=options.seed, **own)
     blocks = {
         "hashed_ngrams": plugins.create("surrogate.features", "hashed_ngrams", {}),
         "text_stats": plugins.create("surrogate.features", "text_stats", {}),
         "live": ModelState(model=lm, targets=targets, **own),
         "proxy": ModelState(model=proxy, targets=targets, **own),
     }
+    cache = FeatureCache(run.folder / "features")
     features = {name: cache.features(encoder, sample) for name, encoder in blocks.items()}
-    sets = {
-        "text": ["hashed_ngrams", "text_stats"],
-        "text + proxy": ["hashed_ngrams", "text_stats", "proxy"],
-        "proxy": ["proxy"],
-        "live": ["live"],
-        "text + live": ["hashed_ngrams", "text_stats", "live"],
-    }
     groups = near_duplicate_groups(strings_of(sample))
     held_out = grouped_holdout(groups, fraction=options.holdout, seed=options.seed, keys=labels.text_ids)
     sources = np.array(sample["source"]) if "source" in sample.column_names else None
-    num_fit = int((~held_out).sum())
-    counts = [*(count for count in CURVE if count < num_fit), num_fit]
-    results = []
-    for set_name, names in sets.items():
-        matrix = np.concatenate([features[name] for name in names], axis=1)
-        for surrogate_name in ("ridge", "trees", "network"):
-            for count in counts if surrogate_name == "ridge" or set_name in CURVE_SETS else counts[-1:]:
-                found = _measure(
-                    matrix, labels, held_out=held_out, groups=groups, count=count, surrogate=surrogate_name, sources=sources
-                )
-                results.append({"features": set_name, **found})
+    results = _results(features, labels, held_out=held_out, groups=groups, sources=sources)
     share = proxy.num_parameters / lm.num_parameters
     flops = proxy.forward_flops_per_token / lm.forward_flops_per_token
     report(
@@ -123,6 +82,40 @@ def main() -> None:
             "label_cost": labels.meta["cost"],
         },
     )
+
+
+def _options() -> Any:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--labels", type=int, default=3000, help="labelled texts, the held-out fifth among them")
+    parser.add_argument("--holdout", type=float, default=0.2, help="share of the labelled texts that is held out")
+    shape_arguments(parser, layers=6)
+    parser.add_argument("--proxy-width", type=int, default=40, help="with a third of the layers, an eighth of the parameters")
+    parser.add_argument("--target-texts", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def _results(
+    features: dict[str, np.ndarray],
+    labels: Labels,
+    *,
+    held_out: np.ndarray,
+    groups: np.ndarray,
+    sources: np.ndarray | None,
+) -> list[dict[str, Any]]:
+    """Fidelity of every surrogate on every set of features, for all labels or along the whole curve."""
+    num_fit = int((~held_out).sum())
+    counts = [*(count for count in CURVE if count < num_fit), num_fit]
+    results = []
+    for set_name, names in SETS.items():
+        matrix = np.concatenate([features[name] for name in names], axis=1)
+        for surrogate_name in ("ridge", "trees", "network"):
+            for count in counts if surrogate_name == "ridge" or set_name in CURVE_SETS else counts[-1:]:
+                found = _measure(
+                    matrix, labels, held_out=held_out, groups=groups, count=count, surrogate=surrogate_name, sources=sources
+                )
+                results.append({"features": set_name, **found})
+    return results
 
 
 def _table(results: list[dict[str, Any]], labels: Labels) -> list[list[str]]:

@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-from setting import arguments, claim, load_pool, report, start, warmed_up
+from setting import arguments, claim, load_pool, report, shape_arguments, start, warmed_up_as_asked
 
 from oracle.artifacts import read_json, write_json
 from oracle.labels import Labels
@@ -38,11 +38,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--labels", type=int, default=600)
     parser.add_argument("--fraction", type=float, default=0.2, help="share of the pool's texts that is selected")
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=2048)
-    parser.add_argument("--tokens", type=int, default=256, help="longest text, and row length in training")
-    parser.add_argument("--warmup-tokens", type=int, default=1_000_000)
+    shape_arguments(parser)
     parser.add_argument("--training-tokens", type=int, default=800_000)
     parser.add_argument("--target-texts", type=int, default=64, help="target texts per set to label with")
     parser.add_argument("--judge-texts", type=int, default=64, help="target texts per set to measure the loss on")
@@ -96,18 +92,7 @@ def _one_seed(options: Any, pool: Any, targets: dict[str, Any], *, seed: int) ->
     run.set_pool(pool)
     ignored = ("workdir", "threads", "seeds", "pool")
     claim(run.folder / "options.json", {name: value for name, value in vars(options).items() if name not in ignored})
-    lm = warmed_up(
-        run.folder / "model",
-        pool,
-        architecture="llama",
-        width=options.width,
-        num_layers=options.layers,
-        vocabulary_size=options.vocabulary,
-        max_tokens=options.tokens,
-        num_tokens=options.warmup_tokens,
-        seed=seed,
-        rows_per_step=8,
-    )
+    lm = warmed_up_as_asked(run.folder / "model", pool, options, seed=seed, rows_per_step=8)
     labelling, judging = _halves(targets, options, seed=seed)
     labels = label(
         lm,

@@ -12,14 +12,13 @@ from __future__ import annotations
 import io
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from setting import arguments, report, start
+from setting import arguments, now, report, start
 
 import oracle
 from oracle import plugins
@@ -147,16 +146,15 @@ def _method_rows(lm: LanguageModel, encoded, target_rows, *, turns: int) -> tupl
     batch = make_batch(encoded, positions=list(range(len(encoded))), device=lm.device)
     rng = np.random.default_rng(1)
     texts = [{"input_ids": rng.integers(1, lm.vocabulary_size, lm.max_tokens).tolist()} for _ in range(NUM_FITTED)]
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
 
     def plain() -> None:
         lm.text_losses(batch).sum().backward()
         lm.module.zero_grad(set_to_none=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        begin = clock()
+        begin = now()
         fit_factors(lm, texts, Path(folder) / "factors")
-        fit_seconds = (clock() - begin) / NUM_FITTED
+        fit_seconds = (now() - begin) / NUM_FITTED
         options = {"grad_dot": {}, "two_forward": {}, "ekfac": {"factors": str(Path(folder) / "factors")}, "less": {}}
         made = {name: plugins.create("oracle.methods", name, given) for name, given in options.items()}
         with lm.preserved():
@@ -201,18 +199,14 @@ def _step_rows(lm: LanguageModel, encoded, target_rows, *, turns: int, workdir: 
 
 
 def _in_turns(jobs: dict[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(turns + 1):
         for name, job in jobs.items():
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            begin = clock()
+            begin = now()
             job()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            spent = now() - begin
             if turn:  # the first turn warms up
-                seconds[name].append(clock() - begin)
+                seconds[name].append(spent)
     return seconds
 
 

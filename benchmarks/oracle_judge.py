@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 import numpy as np
-from setting import arguments, claim, load_pool, report, start, warmed_up
+from setting import arguments, claim, load_pool, report, shape_arguments, start, warmed_up_as_asked
 
 import oracle
 from oracle import plugins
@@ -26,7 +26,7 @@ from oracle.language_model import LanguageModel
 from oracle.measure import METHODS, label, method_names
 from oracle.methods import needs_of
 from oracle.texts import list_text_ids
-from surrogate.pipeline import parse_options
+from surrogate.option_strings import parse_options
 
 REFERENCE = "one_step"
 DEFAULT_METHODS = ("grad_dot", "grad_dot:preconditioner=none", "one_step", "two_forward")
@@ -41,18 +41,7 @@ def main() -> None:
     folder = options.workdir / "judge"
     ignored = ("workdir", "threads", "methods", "controls", "subsets", "seeds")
     claim(folder / "options.json", {name: value for name, value in vars(options).items() if name not in ignored})
-    lm = warmed_up(
-        folder / "model",
-        pool,
-        architecture="llama",
-        width=options.width,
-        num_layers=options.layers,
-        vocabulary_size=options.vocabulary,
-        max_tokens=options.tokens,
-        num_tokens=options.warmup_tokens,
-        seed=options.seed,
-        rows_per_step=8,
-    )
+    lm = warmed_up_as_asked(folder / "model", pool, options, rows_per_step=8)
     target_sets = oracle.read_targets(targets, max_texts=options.target_texts, seed=options.seed)
     chosen = set(hash_order(list_text_ids(pool), f"sample:{options.seed}")[: options.sample])
     sample = pool.select([row for row, text_id in enumerate(list_text_ids(pool)) if text_id in chosen])
@@ -111,11 +100,7 @@ def _options() -> Any:
     parser.add_argument("--share", type=float, default=0.2, help="top and bottom share to remove and to add")
     parser.add_argument("--seeds", type=int, default=3, help="retrained models per subset and share")
     parser.add_argument("--batch-size", type=int, default=8, help="texts per step of a retrained model")
-    parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--vocabulary", type=int, default=2048)
-    parser.add_argument("--tokens", type=int, default=256, help="longest text, and row length of the warm-up")
-    parser.add_argument("--warmup-tokens", type=int, default=400_000)
+    shape_arguments(parser, width=96, layers=3, warmup_tokens=400_000)
     parser.add_argument("--target-texts", type=int, default=32, help="target texts per set")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

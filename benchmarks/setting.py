@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,39 @@ def warmed_up(
         )
         lm.save(folder)
     return LanguageModel.from_pretrained(folder, max_tokens=max_tokens)
+
+
+def shape_arguments(
+    parser: argparse.ArgumentParser, *, width: int = 128, layers: int = 4, tokens: int = 256, warmup_tokens: int = 1_000_000
+) -> None:
+    """Add the options that `warmed_up_as_asked` reads, with these defaults."""
+    parser.add_argument("--width", type=int, default=width)
+    parser.add_argument("--layers", type=int, default=layers)
+    parser.add_argument("--vocabulary", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=tokens, help="longest text, and row length in training")
+    parser.add_argument("--warmup-tokens", type=int, default=warmup_tokens)
+
+
+def warmed_up_as_asked(folder: Path, texts: Any, options: argparse.Namespace, **changes: Any) -> LanguageModel:
+    """Make a model of the shape that the options of `shape_arguments` give, changed by arguments of `warmed_up`."""
+    asked = {
+        "architecture": "llama",
+        "width": options.width,
+        "num_layers": options.layers,
+        "vocabulary_size": options.vocabulary,
+        "max_tokens": options.tokens,
+        "num_tokens": options.warmup_tokens,
+        "seed": vars(options).get("seed", 0),
+    }
+    return warmed_up(folder, texts, **{**asked, **changes})
+
+
+def now() -> float:
+    """Return seconds on the wall where a GPU works, else the process's own CPU seconds, which other jobs do not change."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
 
 
 def report(title: str, header: list[str], rows: list[list[str]], result: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from setting import arguments, claim, load_pool, report, start, warmed_up
+from setting import arguments, claim, load_pool, report, shape_arguments, start, warmed_up_as_asked
 
 from oracle.artifacts import fingerprint
 from oracle.comparison import spearman
@@ -37,11 +37,7 @@ OPTIONS = {"max_grad_norm": 1.0, "subtract_shared": True}
 def main() -> None:
     """Run the benchmark."""
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=2048)
-    parser.add_argument("--tokens", type=int, default=128, help="longest text")
-    parser.add_argument("--warmup-tokens", type=int, default=1_000_000)
+    shape_arguments(parser, tokens=128)
     parser.add_argument("--references", type=int, default=1024, help="reference texts of the baseline")
     parser.add_argument("--texts", type=int, default=64, help="texts to label")
     parser.add_argument("--draws", type=int, default=5, help="random subsets per number of target texts")
@@ -53,17 +49,7 @@ def main() -> None:
     claim(
         folder / "options.json", {name: str(value) for name, value in vars(options).items() if name not in ("workdir", "threads")}
     )
-    lm = warmed_up(
-        folder / "model",
-        pool,
-        architecture="llama",
-        width=options.width,
-        num_layers=options.layers,
-        vocabulary_size=options.vocabulary,
-        max_tokens=options.tokens,
-        num_tokens=options.warmup_tokens,
-        seed=options.seed,
-    )
+    lm = warmed_up_as_asked(folder / "model", pool, options)
     drawn = pool.shuffle(seed=options.seed).select(range(options.texts + options.references))
     sample, references = drawn.select(range(options.texts)), drawn.select(range(options.texts, len(drawn)))
     singles = {text_id: references.select([row]) for row, text_id in enumerate(list_text_ids(references))}

@@ -13,15 +13,19 @@ from typing import Any
 
 import numpy as np
 
+from oracle import plugins
 from oracle.comparison import TargetAgreement, agreement
-from oracle.errors import InputError
+from oracle.errors import InputError, check_at_least
+from oracle.judging.retraining import hash_order
 from oracle.labels import Labels
 from oracle.language_model import LanguageModel
-from oracle.measure import label
+from oracle.measure import METHODS, label
+from oracle.methods import needs_of
 from oracle.tables import aligned, figure
-from oracle.texts import read_texts
+from oracle.texts import list_text_ids, read_texts
 
 REFERENCE = "one_step"
+MIN_TEXTS = 3  # a rank correlation over fewer says nothing
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ def calibrate(
         sample: The texts to draw from: anything `read_texts` takes.
         targets: The target sets.
         methods: Method names, or a name for the table -> options, with "method" among them where the name is another one.
-        num_texts: How many texts are labelled, drawn by `seed`.
+            The reference is measured in any case and is not named.
+        num_texts: How many texts are labelled, drawn by content and `seed`.
         groups: A column of the sample (such as its source) for agreement within groups.
         workdir: Where the labels are kept; an interrupted calibration continues there.
         seed: Decides texts, target texts and halves.
@@ -111,14 +116,18 @@ def calibrate(
         **reference_options: Options of `one_step`.
 
     Raises:
-        InputError: The sample has no such column, or as in `oracle.label`.
+        InputError: The sample has no such column, `methods` names the reference or a method that looks at no target, or as
+            in `oracle.label`.
     """
+    check_at_least("num_texts", num_texts, MIN_TEXTS)
+    ladder = _ladder(methods)
     texts = read_texts(sample)
     if groups is not None and groups not in texts.column_names:
         raise InputError(f"the sample has no column {groups!r}.", ", ".join(texts.column_names), "name one of these for groups.")
-    drawn = texts.shuffle(seed=seed).select(range(min(num_texts, len(texts))))
+    text_ids = list_text_ids(texts)
+    chosen = set(hash_order(text_ids, f"calibration:{seed}")[:num_texts])
+    drawn = texts.select([row for row, text_id in enumerate(text_ids) if text_id in chosen])
     kinds = None if groups is None else [str(kind) for kind in drawn[groups]]
-    ladder = {name: {} for name in methods} if not isinstance(methods, Mapping) else {k: dict(v) for k, v in methods.items()}
     shared: dict[str, Any] = {"seed": seed, "max_target_texts": max_target_texts}
     measured = {}
     for name, options in {REFERENCE: {"subtract_shared": True, **reference_options}, **ladder}.items():
@@ -126,6 +135,29 @@ def calibrate(
         measured[name] = label(lm, drawn, targets, method=options.pop("method", name), workdir=folder, **shared, **options)
     reference = measured[REFERENCE]
     return Calibration([_rung(name, labels, reference, lm=lm, kinds=kinds) for name, labels in measured.items()])
+
+
+def _ladder(methods: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Name in the table -> options."""
+    given = (
+        {name: dict(options) for name, options in methods.items()} if isinstance(methods, Mapping) else {n: {} for n in methods}
+    )
+    if REFERENCE in given:
+        raise InputError(
+            f"{REFERENCE!r} is among the methods to compare with {REFERENCE!r}.",
+            "the cheaper methods",
+            f"leave it out: it is measured in any case. Its options are arguments of `calibrate` itself; for {REFERENCE!r} with "
+            "others, give it another name: {'other steps': {'method': 'one_step', ...}}.",
+        )
+    for name, options in given.items():
+        method = options.get("method", name)
+        if not needs_of(plugins.load(METHODS, method)).targets:
+            raise InputError(
+                f"method {method!r} looks at no target set, so its values are of no target.",
+                "methods that measure influence on a target set",
+                "leave it out, and compare its column with `oracle.comparison.spearman`.",
+            )
+    return given
 
 
 def _rung(name: str, labels: Labels, reference: Labels, *, lm: LanguageModel, kinds: list[str] | None) -> Rung:

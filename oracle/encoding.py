@@ -51,17 +51,68 @@ class EncodedText:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A right-padded batch.
+    """A right-padded batch: one text per row. Where `packed` is there, a model may read that in its place.
 
     Attributes:
         input_ids: (B, L) token ids, 0 in the padding.
         labels: (B, L) token ids, `IGNORED` in the padding and wherever the loss does not count.
-        positions: For each row, its index in the list that was batched.
+        positions: For each text, its index in the list that was batched.
+        packed: The same texts in fewer rows (`oracle.packing`), or None.
     """
 
     input_ids: Tensor
     labels: Tensor
     positions: list[int]
+    packed: PackedRows | None = None
+
+    @property
+    def model_shape(self) -> tuple[int, int]:
+        """Rows and tokens per row that the model reads."""
+        rows, tokens = (self if self.packed is None else self.packed).input_ids.shape
+        return rows, tokens
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Row and first token of each text in what the model reads."""
+        return [(row, 0) for row in range(len(self.input_ids))] if self.packed is None else self.packed.places
+
+    def some(self, texts: slice) -> Batch:
+        """Return some of the texts, one per row; packed ones without the padding that the longest of them needs not."""
+        length = self.input_ids.shape[1] if self.packed is None else max(self.packed.lengths[texts])
+        return Batch(self.input_ids[texts, :length], self.labels[texts, :length], self.positions[texts])
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """Several texts one after the other in a row, each with positions from 0 on, which keeps them apart.
+
+    Attributes:
+        input_ids: (R, M) token ids, 0 in the padding.
+        labels: (R, M) token ids, `IGNORED` in the padding, at each text's first token and wherever the loss does not count.
+        position_ids: (R, M) places within the text; the padding counts as a text of its own.
+        places: Row and first token of each of the B texts, the longest text first.
+        lengths: Tokens of each text, at least 1.
+        index: (B, L) place of every token of every text among the R * M; R * M in the padding.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    places: list[tuple[int, int]]
+    lengths: list[int]
+    index: Tensor
+
+    def by_text(self, values: Tensor) -> Tensor:
+        """Arrange values of tokens (R, M) as (B, L), with 0 in the padding."""
+        return torch.cat([values.reshape(-1), values.new_zeros(1)])[self.index]
+
+    def groups(self) -> list[slice]:
+        """Cut the texts, which stand in the order of length, into groups that take R * M tokens at most when padded."""
+        starts = [0]
+        for text in range(1, len(self.lengths)):
+            if (text + 1 - starts[-1]) * self.lengths[starts[-1]] > self.input_ids.numel():
+                starts.append(text)
+        return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], len(self.lengths)], strict=True)]
 
 
 def encode_texts(texts: Dataset, tokenizer: Any, *, max_tokens: int, too_long: str = "truncate") -> list[EncodedText]:
@@ -225,14 +276,20 @@ def _covered_by_prefixes(
 
 def make_batches(encoded: Sequence[EncodedText], *, batch_tokens: int, device: torch.device) -> Iterator[Batch]:
     """Yield batches of at most `batch_tokens` padded tokens (always at least one text), texts of like length together."""
+    for group in group_by_length(encoded, batch_tokens=batch_tokens):
+        yield make_batch([encoded[index] for index in group], positions=group, device=device)
+
+
+def group_by_length(encoded: Sequence[EncodedText], *, batch_tokens: int) -> list[list[int]]:
+    """Group the indices of texts, in the order of length, so that each group has at most `batch_tokens` padded tokens."""
     order = sorted(range(len(encoded)), key=lambda index: (len(encoded[index].input_ids), encoded[index].text_id))
-    start = 0
-    while start < len(order):
-        stop = start + 1
-        while stop < len(order) and len(encoded[order[stop]].input_ids) * (stop + 1 - start) <= batch_tokens:
-            stop += 1
-        yield make_batch([encoded[index] for index in order[start:stop]], positions=order[start:stop], device=device)
-        start = stop
+    groups: list[list[int]] = []
+    for index in order:
+        if groups and len(encoded[index].input_ids) * (len(groups[-1]) + 1) <= batch_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
 
 
 def make_batch(encoded: Sequence[EncodedText], *, positions: list[int], device: torch.device) -> Batch:

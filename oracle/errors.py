@@ -47,6 +47,10 @@ class NotFiniteError(InputError):
     """A loss, gradient or feature is NaN or infinite."""
 
 
+class TooLittleMemoryError(InputError):
+    """One text alone does not fit into the device's memory."""
+
+
 class LowFidelityError(InputError):
     """The surrogate's held-out agreement with the labels is not above chance."""
 

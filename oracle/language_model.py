@@ -7,8 +7,6 @@ is asked for, the optimiser that trains it. It never changes the module it is gi
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from oracle.artifacts import fingerprint
-from oracle.checkpoints import describe_groups, load_checkpoint, load_optimizer, place_state, save_checkpoint
+from oracle.checkpoints import load_checkpoint, load_optimizer, place_state, save_checkpoint
 from oracle.encoding import IGNORED, MAX_LOGIT_ELEMENTS, Batch, EncodedText, encode_texts, make_batches
 from oracle.errors import InputError, InputTypeError, check_choice
+from oracle.fingerprints import model_fingerprint, tokenizer_fingerprint
+from oracle.packing import keeps_texts_apart, pack_batches
 from oracle.snapshot import Snapshot, restore_snapshot, restore_weights, take_snapshot
 from oracle.texts import read_texts
 from oracle.wrappers import check_whole
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 DEFAULT_MAX_TOKENS = 512
-STEP_NEUTRAL_KEYS = ("foreach", "fused", "capturable", "differentiable", "initial_lr", "param_names")  # no step depends on them
 REDUCTIONS = ("mean", "sum")  # what a text's loss is of its tokens' losses
 MAX_BATCH_TOKENS = 8192  # beyond this a larger batch no longer makes a CPU or GPU pass cheaper per token
 
@@ -48,6 +46,10 @@ class LanguageModel:
         device: "auto" keeps a module that has an optimiser or is on an accelerator where it is, and
             otherwise takes CUDA where there is one; or any torch device.
         too_long: What happens to texts longer than `max_tokens`: "truncate" (counted) or "refuse".
+        packing: Let several texts share a row of a batch, each as if it stood alone (`oracle.packing`). It pays where texts
+            that are batched together have very different lengths, as in a small sample or target set; the texts of a
+            large sample are put in the order of length, which leaves little padding. Values change by rounding alone,
+            so labels made with and without it may stand in one folder.
 
     Attributes:
         batch_tokens: Padded tokens per batch in the place of `default_batch_tokens`; None, as at first, for the default.
@@ -70,6 +72,7 @@ class LanguageModel:
         max_tokens: int | None = None,
         device: str | torch.device = "auto",
         too_long: str = "truncate",
+        packing: bool = False,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise InputTypeError(
@@ -81,7 +84,7 @@ class LanguageModel:
         check_choice("too_long", too_long, ("truncate", "refuse"))
         self.module, self.tokenizer, self.optimizer = module, tokenizer, optimizer
         self.max_tokens = min(DEFAULT_MAX_TOKENS, self.context or DEFAULT_MAX_TOKENS) if max_tokens is None else max_tokens
-        self.too_long = too_long
+        self.too_long, self.packing, self._keeps_texts_apart = too_long, packing, False
         self.batch_tokens: int | None = None
         self.device = _choose_device(module, optimizer, device)
         module.to(self.device)
@@ -98,6 +101,7 @@ class LanguageModel:
         max_tokens: int | None = None,
         device: str | torch.device = "auto",
         too_long: str = "truncate",
+        packing: bool = False,
     ) -> LanguageModel:
         """Load a model and tokenizer from a folder or a hub name, and the optimiser state saved beside them.
 
@@ -105,8 +109,7 @@ class LanguageModel:
             path: A folder written by `save`, by `save_pretrained` or by the Hugging Face Trainer, or a hub name.
             dtype: "float32" or "bfloat16".
             max_tokens: As in the constructor.
-            device: As in the constructor.
-            too_long: As in the constructor.
+            device, too_long, packing: As in the constructor.
 
         Raises:
             InputError: Nothing can be loaded from `path`, its optimiser cannot be rebuilt, or `dtype` is unknown.
@@ -117,7 +120,7 @@ class LanguageModel:
         target = _choose_device(module, None, device)
         module.to(target)
         optimizer = load_optimizer(Path(path), module) if Path(path).is_dir() else None
-        return cls(module, tokenizer, optimizer, max_tokens=max_tokens, device=target, too_long=too_long)
+        return cls(module, tokenizer, optimizer, max_tokens=max_tokens, device=target, too_long=too_long, packing=packing)
 
     def save(self, folder: str | Path) -> None:
         """Write weights, tokenizer and optimiser state (all safetensors and JSON) to `folder`, atomically."""
@@ -157,25 +160,53 @@ class LanguageModel:
                 losses[batch.positions] = self.text_losses(batch).cpu().numpy()
         return losses
 
-    def batches(self, encoded: Sequence[EncodedText], *, batch_tokens: int | None = None) -> Iterator[Batch]:
-        """Yield padded batches on the model's device; by default as large as `self.batch_tokens` or `default_batch_tokens`."""
+    def batches(
+        self, encoded: Sequence[EncodedText], *, batch_tokens: int | None = None, packing: bool | None = None
+    ) -> Iterator[Batch]:
+        """Yield batches on the model's device.
+
+        Args:
+            encoded: The texts.
+            batch_tokens: Tokens per batch, padding counted; None for `self.batch_tokens` or else `default_batch_tokens`.
+            packing: Whether texts may share rows; None for `self.packing`. Padded rows for what reads `input_ids` itself.
+
+        Raises:
+            InputError: Texts share rows, and the model does not keep them apart.
+        """
         size = batch_tokens or self.batch_tokens or self.default_batch_tokens
-        return make_batches(encoded, batch_tokens=size, device=self.device)
+        make = pack_batches if (self.packing if packing is None else packing) else make_batches
+        for batch in make(encoded, batch_tokens=size, device=self.device):
+            if batch.packed is not None and not self._keeps_texts_apart:
+                self._keeps_texts_apart = keeps_texts_apart(self.module, batch)
+            yield batch
 
     @property
     def default_batch_tokens(self) -> int:
         """Padded tokens per batch: `MAX_BATCH_TOKENS`, or fewer where the logits would fill the memory."""
         return max(min(MAX_BATCH_TOKENS, MAX_LOGIT_ELEMENTS // self.vocabulary_size), 1)
 
+    def logits(self, batch: Batch) -> Tensor:
+        """Return the logits (R, M, V) of the batch's rows: (B, L, V), one per text, or packed ones."""
+        rows = batch.packed
+        inputs = (
+            {"input_ids": batch.input_ids} if rows is None else {"input_ids": rows.input_ids, "position_ids": rows.position_ids}
+        )
+        logits: Tensor = self.module(**inputs, use_cache=False).logits
+        return logits
+
     def token_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return every predicted token's loss and the mask of those that count, both (B, L-1); float32, nats."""
-        logits = self.module(input_ids=batch.input_ids, use_cache=False).logits[:, :-1]  # (B, L-1, V)
-        labels = batch.labels[:, 1:]  # (B, L-1)
+        rows = batch.packed
+        logits = self.logits(batch)[:, :-1]  # (R, M-1, V)
+        labels = (batch if rows is None else rows).labels[:, 1:]  # (R, M-1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         flat = functional.cross_entropy(
             logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED, reduction="none"
         )
-        return flat.view(labels.shape), labels != IGNORED
+        losses = flat.view(labels.shape)
+        if rows is not None:
+            losses = rows.by_text(functional.pad(losses, (1, 0)))[:, 1:]  # (B, L-1)
+        return losses, batch.labels[:, 1:] != IGNORED
 
     def text_losses(self, batch: Batch, *, reduction: str = "mean") -> Tensor:
         """Return (B,) losses, differentiable, the mean over each text's target tokens or their sum; 0 where it has none."""
@@ -215,27 +246,9 @@ class LanguageModel:
 
         Args:
             optimizer: Also identify the optimiser: its class, state and hyper-parameters, and which parameters
-                they hold for. The learning rate counts; `STEP_NEUTRAL_KEYS` do not.
+                they hold for. The learning rate counts; `oracle.fingerprints.STEP_NEUTRAL_KEYS` do not.
         """
-        digest = hashlib.sha256()
-        for name, tensor in self.module.state_dict().items():
-            _hash_tensor(digest, name, tensor)
-        if optimizer and self.optimizer is not None:
-            names: dict[Tensor, str] = {parameter: name for name, parameter in self.module.named_parameters()}
-            groups = [
-                {
-                    key: value
-                    for key, value in {**group, "params": sorted(group["params"])}.items()
-                    if key not in STEP_NEUTRAL_KEYS
-                }
-                for group in describe_groups(self.optimizer, names)
-            ]
-            digest.update(fingerprint([type(self.optimizer).__name__, groups]).encode())
-            for parameter, slots in sorted(self.optimizer.state.items(), key=lambda item: names.get(item[0], "")):
-                for slot, value in sorted(slots.items()):
-                    if value is not None:
-                        _hash_tensor(digest, f"{names.get(parameter, '')} {slot}", torch.as_tensor(value))
-        return digest.hexdigest()[:16]
+        return model_fingerprint(self.module, self.optimizer if optimizer else None)
 
     def tokenizer_fingerprint(self) -> str:
         """Return 16 hex digits that identify how the tokenizer turns texts and chats into ids; "" without a tokenizer.
@@ -243,19 +256,7 @@ class LanguageModel:
         They cover the vocabulary, the merges and every other rule of a fast tokenizer, the special tokens and
         the chat template. Truncation and padding, which a call sets, do not count.
         """
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            return ""
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        rules = {} if backend is None else json.loads(backend.to_str())
-        return fingerprint(
-            {
-                "vocabulary": tokenizer.get_vocab(),
-                "rules": {key: value for key, value in rules.items() if key not in ("truncation", "padding")},
-                "special_tokens": tokenizer.special_tokens_map,
-                "chat_template": getattr(tokenizer, "chat_template", None),
-            }
-        )
+        return tokenizer_fingerprint(self.tokenizer)
 
     # ------------------------------------------------------------------ size
 
@@ -332,9 +333,3 @@ def _choose_device(module: nn.Module, optimizer: torch.optim.Optimizer | None, d
     if current.type == "cpu" and optimizer is None and torch.cuda.is_available():
         return torch.device("cuda")
     return current
-
-
-def _hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-    digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from oracle.encoding import Batch
-from oracle.errors import InputError
+from oracle.errors import TooLittleMemoryError
 from oracle.language_model import LanguageModel
 from oracle.target_columns import TargetColumns
 
@@ -49,7 +49,7 @@ def within_memory(work: Callable[[], T], lm: LanguageModel, columns: TargetColum
         longest: Tokens of the longest text that `work` batches besides the target texts.
 
     Raises:
-        InputError: Batches hold one text already.
+        TooLittleMemoryError: Batches hold one text already.
     """
     first = lm.batch_tokens or lm.default_batch_tokens
     while True:
@@ -59,7 +59,7 @@ def within_memory(work: Callable[[], T], lm: LanguageModel, columns: TargetColum
         except torch.OutOfMemoryError as error:
             longest_of_all = max([longest, 1, *(batch.input_ids.shape[1] for batch in columns.batches)])
             if given <= longest_of_all:
-                raise InputError(
+                raise TooLittleMemoryError(
                     f"{lm.device} has no memory for one text of {longest_of_all} tokens alone: {error}",
                     "texts that fit into the memory beside the model",
                     "lower max_tokens, load the model in bfloat16, or choose a method that needs less. "

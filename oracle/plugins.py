@@ -22,6 +22,7 @@ KIND_NAMES = {
     "surrogate.features": "encoder",
     "surrogate.models": "surrogate",
     "surrogate.rules": "rule",
+    "surrogate.training.strategies": "strategy",
 }
 
 

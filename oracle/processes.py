@@ -97,6 +97,14 @@ class Processes:
                     "load the same checkpoint everywhere, and give all processes the same texts in the same order.",
                 )
 
+    def on_first(self, action: Callable[[], T]) -> T:
+        """Call `action` on the first process only, and return its result on all of them."""
+        results: list[T] = []
+        with self.all_or_none():
+            if self.rank == 0:
+                results.append(action())
+        return self.gather(results)[0][0]
+
 
 @contextmanager
 def working_together() -> Iterator[Processes]:

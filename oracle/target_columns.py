@@ -8,6 +8,7 @@ the target set (`oracle.comparison.noise_ceiling`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,8 +44,8 @@ class TargetColumns:
 
     @property
     def num_tokens(self) -> int:
-        """Padded tokens of one evaluation of all target sets."""
-        return sum(batch.input_ids.numel() for batch in self.batches)
+        """Tokens of one evaluation of all target sets, padding counted."""
+        return sum(math.prod(batch.model_shape) for batch in self.batches)
 
     @property
     def shares(self) -> np.ndarray:

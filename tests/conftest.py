@@ -154,3 +154,24 @@ def train_adamw(
 @pytest.fixture(scope="session")
 def make_adamw() -> Any:
     return train_adamw
+
+
+class AllButTheFirstToken(torch.nn.Module):
+    """A linear layer that is given the tokens of the whole batch without the first of them, as no rule expects it."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    @property
+    def weight(self) -> Any:
+        return self.inner.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        return torch.nn.functional.pad(self.inner(flat[1:]), (0, 0, 1, 0)).reshape(*x.shape[:-1], -1)
+
+
+@pytest.fixture(scope="session")
+def without_first_token() -> Any:
+    return AllButTheFirstToken

@@ -11,7 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("oracle/**/*.py"), *ROOT.glob("surrogate/**/*.py")])
-PLUGIN_FOLDERS = ("oracle/methods", "surrogate/features", "surrogate/models", "surrogate/rules")
+PLUGIN_FOLDERS = (
+    "oracle/methods",
+    "surrogate/features",
+    "surrogate/models",
+    "surrogate/rules",
+    "surrogate/training/strategies",
+)
 
 
 def _imports(path: Path) -> set[str]:
@@ -94,3 +100,16 @@ def test_every_plugin_option_has_a_sentence_of_help():
             assert row["summary"].endswith("."), (kind, row["name"])
             for option in row["options"]:
                 assert option["help"], (kind, row["name"], option["name"])
+
+
+def test_every_package_is_listed_for_installation():
+    """An editable install hides a missing one."""
+    import tomllib
+
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for root in ("oracle", "surrogate")
+        for path in (ROOT / root).rglob("__init__.py")
+    }
+    assert there <= set(listed)

@@ -49,6 +49,10 @@ class AdamStep:
 
     def update(self, gradient: Tensor, first: int) -> Tensor:
         """Return what the step subtracts from a block (P',) of weights from `first` on, in float64."""
+        return float(self.group["lr"]) * self.direction(gradient, first)
+
+    def direction(self, gradient: Tensor, first: int, *, include_momentum: bool = True) -> Tensor:
+        """Return the same per unit of learning rate, with or without the mean of the gradients before."""
         rows = slice(first, first + len(gradient))
         g = gradient.double()
         if self.group.get("maximize"):
@@ -58,13 +62,14 @@ class AdamStep:
         mean_decay, square_decay = (float(beta) for beta in self.group["betas"])
         mean = (1 - mean_decay) * g
         square = (1 - square_decay) * g.square()
-        if self.mean is not None and self.square is not None:
+        if include_momentum and self.mean is not None:
             mean += mean_decay * self.mean[rows].double()
+        if self.square is not None:
             square += square_decay * self.square[rows].double()
         if self.largest_square is not None:
             square = torch.maximum(square, self.largest_square[rows].double())
         root = square.sqrt() / (1 - square_decay**self.number) ** 0.5
-        return mean / (root + float(self.group["eps"])) * (float(self.group["lr"]) / (1 - mean_decay**self.number))
+        return mean / (root + float(self.group["eps"])) / (1 - mean_decay**self.number)
 
 
 class AdamUpdateProducts:
@@ -142,8 +147,20 @@ class AdamUpdateProducts:
         return total
 
 
-def adam_steps(lm: LanguageModel, names: Mapping[str, Any]) -> dict[str, AdamStep]:
+def adam_steps(
+    lm: LanguageModel,
+    names: Mapping[str, Any],
+    *,
+    needed_by: str = "update='adam'",
+    otherwise: str = "use update='linear'",
+) -> dict[str, AdamStep]:
     """Return what Adam's next step does to each of the named parameters; those that it does not hold are left out.
+
+    Args:
+        lm: The model with its optimiser.
+        names: Parameter names.
+        needed_by: What needs the steps, for the message.
+        otherwise: What does without them, for the message.
 
     Raises:
         InputError: The optimiser is neither Adam nor AdamW, or holds none of them.
@@ -151,9 +168,10 @@ def adam_steps(lm: LanguageModel, names: Mapping[str, Any]) -> dict[str, AdamSte
     optimizer = lm.optimizer
     if optimizer is None or type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         raise InputError(
-            f"update='adam', and the model's optimiser is {'none' if optimizer is None else type(optimizer).__name__}.",
-            "a LanguageModel with torch.optim.Adam or AdamW",
-            "pass the training run's optimizer, or use update='linear'.",
+            f"{needed_by} takes Adam's own step, and the model has "
+            f"{'no optimiser' if optimizer is None else f'the optimiser {type(optimizer).__name__}'}.",
+            "a LanguageModel with torch.optim.Adam or AdamW, or a checkpoint folder that has its state",
+            f"pass the training run's optimizer, or {otherwise}.",
         )
     own = {parameter: name for name, parameter in lm.module.named_parameters() if name in names}
     steps = {
@@ -164,9 +182,9 @@ def adam_steps(lm: LanguageModel, names: Mapping[str, Any]) -> dict[str, AdamSte
     }
     if not steps:
         raise InputError(
-            "update='adam', and the optimiser holds none of the parameters that are asked for.",
+            f"{needed_by} takes Adam's own step, and the optimiser holds none of the parameters that are asked for.",
             "an optimiser that steps trainable parameters",
-            "build it from module.parameters(), or choose other layers.",
+            f"build it from module.parameters(), choose other layers, or {otherwise}.",
         )
     return steps
 

@@ -19,6 +19,7 @@ So the choices of a pass at the weights themselves are held in the others, as an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -187,7 +188,7 @@ class CentralDifference:
         with held, torch.enable_grad():
             loss = self.lm.text_losses(batch, reduction=self.reduction).sum()
         gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-        self.num_checked_tokens += 3 * batch.input_ids.numel()
+        self.num_checked_tokens += 3 * math.prod(batch.model_shape)
         self.makes_choices |= bool(held.choices)
         slope = 0.0
         for direction, gradient in zip((self.directions[name] for name in self.parameters), gradients, strict=True):
@@ -211,7 +212,7 @@ class CentralDifference:
         """Return the largest value, and what doubling the step changes of it, or the sum misses of the gradient's if more."""
         with self._restored():
             near, far = (self._differences([batch], [held], index, size=factor * size)[0][0] for factor in (1, 2))  # (B,)
-        self.num_checked_tokens += 4 * batch.input_ids.numel()
+        self.num_checked_tokens += 4 * math.prod(batch.model_shape)
         tiny = torch.finfo(torch.float32).tiny
         largest = near.abs().max()
         of_step = (near - far).abs().max() / largest.clamp_min(tiny)

@@ -19,6 +19,7 @@ George et al. 2018, arXiv 1806.03884; Grosse et al. 2023, arXiv 2308.03296.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -205,7 +206,7 @@ class _Fit:
         self.partial = None if folder is None else folder / "partial"
         size = identity["block_size"]
         self.blocks = [encoded[start : start + size] for start in range(0, len(encoded), size)]
-        self.layers = find_layers(lm, next(lm.batches(self.blocks[0])))
+        self.layers = find_layers(lm, next(lm.batches(self.blocks[0], packing=False)))
         self.widest = identity["max_factor_dim"]
         self.seconds = 0.0
 
@@ -258,11 +259,12 @@ class _Fit:
 
     def _loss(self, batch: Batch, block: list[EncodedText]) -> Tensor:
         """The summed loss of a batch, with the labels that the kind of Fisher asks for."""
-        logits = self.lm.module(input_ids=batch.input_ids, use_cache=False).logits[:, :-1]  # (B, L-1, V)
+        logits = self.lm.logits(batch)[:, :-1]  # (R, M-1, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        labels = batch.labels[:, 1:]  # (B, L-1)
+        labels = (batch.packed or batch).labels[:, 1:]  # (R, M-1)
         if self.identity["fisher"] == "sampled":
-            drawn = _draw_labels(logits.detach(), [block[row] for row in batch.positions], seed=self.identity["seed"])
+            texts = [block[row] for row in batch.positions]
+            drawn = _draw_labels(logits.detach(), texts, seed=self.identity["seed"], places=batch.places)
             labels = torch.where(labels == IGNORED, labels, drawn)
         loss = functional.cross_entropy(
             logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED, reduction="sum"
@@ -322,13 +324,20 @@ class _Fit:
         return passes + products + gradients + EIGH_FLOPS * sum(width**3 for width, _ in factors)
 
 
-def _draw_labels(logits: Tensor, texts: list[EncodedText], *, seed: int) -> Tensor:
-    """Draw a label for every position (B, L-1) from the logits (B, L-1, V), each text from a generator of its own."""
+def _draw_labels(
+    logits: Tensor, texts: list[EncodedText], *, seed: int, places: Sequence[tuple[int, int]] | None = None
+) -> Tensor:
+    """Draw a label for every position (R, M-1) from the logits (R, M-1, V), each text from a generator of its own.
+
+    The texts stand at `places` (row, first position), or without those one in each row.
+    """
     uniform = torch.zeros(logits.shape[:2], dtype=torch.float64)
-    for row, text in enumerate(texts):
+    rows = [(row, 0) for row in range(len(texts))] if places is None else places
+    for text, (row, start) in zip(texts, rows, strict=True):
         generator = torch.Generator().manual_seed(int(fingerprint([seed, text.text_id]), 16) >> 1)
-        uniform[row, : len(text.input_ids) - 1] = torch.rand(len(text.input_ids) - 1, generator=generator, dtype=torch.float64)
-    cumulated = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, L-1, V)
+        stop = start + len(text.input_ids) - 1
+        uniform[row, start:stop] = torch.rand(stop - start, generator=generator, dtype=torch.float64)
+    cumulated = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (R, M-1, V)
     below = uniform.to(logits.device).unsqueeze(-1) * cumulated[..., -1:]
     return torch.searchsorted(cumulated, below, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
 

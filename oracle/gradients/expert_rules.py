@@ -35,7 +35,8 @@ class ExpertsRule(Rule):
     def attach(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Leave a hook on the output of one use of the module."""
         inputs = list(inspect.signature(module.forward).bind(*args, **kwargs).arguments.values())
-        if len(inputs) != 3 or not all(isinstance(tensor, Tensor) for tensor in (*inputs, output)):
+        are_tensors = len(inputs) == 3 and all(isinstance(tensor, Tensor) for tensor in (*inputs, output))
+        if not are_tensors or len(inputs[0]) != len(self.engine.layout.owners):
             return GeneralRule(self.names, self.engine).attach(module, args, kwargs, output)
         hidden, index, weights = (tensor.detach() for tensor in inputs)  # (T, H), (T, A), (T, A) for A experts per token
         if output.requires_grad and self.is_by_text(module, output) and self.is_by_text(module, hidden):
@@ -48,7 +49,7 @@ class ExpertsRule(Rule):
         hidden, index, weights = inputs
         if self.engine.norms and any(self.engine.uses[name] > 1 for name in self.names.values()):
             raise UncoveredModuleError("fused experts are used more than once", self.names.values())
-        texts = torch.arange(len(hidden), device=hidden.device) // (len(hidden) // self.engine.num_texts)  # (T,)
+        texts = self.engine.layout.owners  # (T,)
         rebuilt = torch.zeros_like(output, dtype=torch.float32)  # (T, H)
         for expert in index.unique().tolist():
             if expert >= module.num_experts:  # stands for no expert
@@ -82,21 +83,23 @@ class ExpertsRule(Rule):
             expert: Which expert.
             x: (n, I) what enters the layer.
             b: (n, O) the gradient of the summed loss at what leaves it.
-            texts: (n,) the text of each token, ascending.
+            texts: (n,) the text of each token, all of a text's side by side; B for none.
             is_transposed: Whether the weight is stored (I, O).
         """
-        engine, x = self.engine, x.to(b.dtype)
+        engine, num_texts, x = self.engine, self.engine.layout.num_texts, x.to(b.dtype)
         weight, bias = self.names.get(key), self.names.get(f"{key}_bias")
         if engine.norms:
             present, counts = torch.unique_consecutive(texts, return_counts=True)
             for text, own_x, own_b in zip(present.tolist(), x.split(counts.tolist()), b.split(counts.tolist()), strict=True):
+                if text == num_texts:
+                    continue
                 if bias is not None:
                     engine.add_gradients(bias, own_b.sum(0, keepdim=True, dtype=torch.float32), first=text, part=expert)
                 if weight is not None:
                     gradient = own_x.T @ own_b if is_transposed else own_b.T @ own_x
                     engine.add_gradients(weight, gradient.reshape(1, -1), first=text, part=expert)
             return
-        owner = functional.one_hot(texts, engine.num_texts).double().T  # (B, n)
+        owner = functional.one_hot(texts, num_texts + 1)[:, :num_texts].double().T  # (B, n)
         if bias is not None:
             engine.add_products(bias, owner @ (b.float() @ engine.directions[bias][:, expert].T).double())
         if weight is not None:

@@ -65,15 +65,11 @@ class Rule:
 
     def is_by_text(self, module: nn.Module, tensor: Tensor) -> bool:
         """Whether a tensor's rows are texts or tokens in their order; if not, the batch is refused after the forward pass."""
-        engine = self.engine
-        if tensor.dim() and tensor.shape[0] in (engine.num_texts, engine.num_texts * engine.num_positions):
+        layout = self.engine.layout
+        if layout.holds_texts(tensor):
             return True
-        rows = tensor.shape[0] if tensor.dim() else 0
-        engine.refuse(
-            self.names,
-            f"a {type(module).__name__} sees {rows} rows; the batch has {engine.num_texts} texts of "
-            f"{engine.num_positions} positions",
-        )
+        held = f"the batch has {layout.num_texts} texts in {layout.num_rows} rows of {layout.row_tokens} positions"
+        self.engine.refuse(self.names, f"a {type(module).__name__} sees a tensor {tuple(tensor.shape)}; {held}")
         return False
 
 
@@ -97,24 +93,27 @@ class GeneralRule(Rule):
         def backward(gradients: Sequence[Tensor | None]) -> None:
             found = {index: b for index, b in zip(outputs, gradients, strict=True) if b is not None}
             with autocast:
-                for row in range(self.engine.num_texts):
-                    self.add_text(module, row, inputs, own_outputs=self._own(outputs, row), b=self._own(found, row))
+                layout = self.engine.layout
+                for text in range(layout.num_texts):
+                    self.add_text(module, text, inputs, own_outputs=layout.own(outputs, text), b=layout.own(found, text))
 
         torch.autograd.graph.register_multi_grad_hook(list(leaves.values()), backward, mode="all")
         return output
 
-    def add_text(self, module: nn.Module, row: int, inputs: Any, *, own_outputs: dict[int, Tensor], b: dict[int, Tensor]) -> None:
+    def add_text(
+        self, module: nn.Module, text: int, inputs: Any, *, own_outputs: dict[int, Tensor], b: dict[int, Tensor]
+    ) -> None:
         """Add one text's gradients of the module's own parameters.
 
         Args:
             module: The module.
-            row: Which text.
+            text: Which text.
             inputs: Positional and keyword arguments of the whole batch.
             own_outputs: What the module gave for this text in the batch, by number of the output.
             b: The gradients of the summed loss at those outputs that have one.
         """
         parameters = {key: module.get_parameter(key).detach().requires_grad_() for key in self.names}
-        found = self._run(module, parameters, self._own(inputs, row))
+        found = self._run(module, parameters, self.engine.layout.own(inputs, text))
         if not all(is_close(found[index], expected) for index, expected in own_outputs.items()):
             reason = f"a {type(module).__name__} gives a text something else alone than in a batch"
             raise UncoveredModuleError(reason, self.names.values())
@@ -127,7 +126,7 @@ class GeneralRule(Rule):
         )
         for name, gradient in zip(self.names.values(), gradients, strict=True):
             if gradient is not None:
-                self.engine.add_gradients(name, gradient.reshape(1, -1), first=row)
+                self.engine.add_gradients(name, gradient.reshape(1, -1), first=text)
 
     def _run(self, module: nn.Module, parameters: dict[str, Tensor], inputs: Any) -> list[Any]:
         args, kwargs = inputs
@@ -138,18 +137,6 @@ class GeneralRule(Rule):
             raise
         except (RuntimeError, TypeError, ValueError) as error:  # what it was given does not come apart by text
             raise UncoveredModuleError(f"a {type(module).__name__} does not run on a text alone", self.names.values()) from error
-
-    def _own(self, tree: Any, row: int) -> Any:
-        """The rows of one text of every tensor; what has no rows of texts is for all of them."""
-        num_texts, num_positions = self.engine.num_texts, self.engine.num_positions
-
-        def own(tensor: Tensor) -> Tensor:
-            rows = tensor.shape[0] if tensor.dim() else 0
-            if rows == num_texts:
-                return tensor[row : row + 1]
-            return tensor[row * num_positions : (row + 1) * num_positions] if rows == num_texts * num_positions else tensor
-
-        return pytree.tree_map_only(Tensor, own, tree)
 
 
 def same_autocast(device_type: str) -> AbstractContextManager[Any]:

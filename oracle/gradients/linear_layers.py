@@ -18,6 +18,7 @@ from oracle.encoding import IGNORED, Batch
 from oracle.errors import InputError
 from oracle.gradients.module_rules import make_root
 from oracle.gradients.products import uncompiled
+from oracle.gradients.text_layout import TextLayout
 from oracle.language_model import LanguageModel
 
 
@@ -56,7 +57,8 @@ class Layer:
         return parts | {self.bias: joined[:, :, -1].contiguous()} if self.bias else parts
 
 
-Take = Callable[[Layer, Tensor, Tensor, Tensor], None]  # of a batch: layer, a (B, T, I), b (B, T, O), tokens that count (B, T)
+Part = tuple[Tensor, Tensor, Tensor]  # of B texts: a (B, T, I), b (B, T, O), tokens that count (B, T)
+Take = Callable[[Layer, Tensor, Tensor, Tensor], None]  # of some or all texts of a batch: layer, and the three of `Part`
 
 
 class LayerHooks:
@@ -87,12 +89,12 @@ class LayerHooks:
 
     def run(self, batch: Batch, loss: Callable[[], Tensor]) -> None:
         """Call `loss`, which calls the model once with the batch, and go back from it."""
-        self._shape = (batch.input_ids.shape[0], batch.input_ids.shape[1])
+        self._layout = TextLayout(batch)
         is_predicted = (batch.labels != IGNORED).long()
         self._counts = is_predicted.flip(1).cumsum(1).flip(1).roll(-1, 1) > 0  # (B, L): a target stands behind
         self._counts[:, -1] = False
         self._uses = {layer.weight: 0 for layer in self.layers}
-        self._waiting: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {layer.weight: [] for layer in self.layers}
+        self._waiting: dict[str, list[list[Part]]] = {layer.weight: [] for layer in self.layers}
         self._is_in_backward = False
         with uncompiled(self.module):
             value = loss()
@@ -100,9 +102,8 @@ class LayerHooks:
             with torch.autocast(batch.input_ids.device.type, enabled=False):
                 value.backward()
         for layer in self.layers:  # several uses add up to one gradient, as if they were further tokens
-            if self._waiting[layer.weight]:
-                a, b, counts = (torch.cat(uses, 1) for uses in zip(*self._waiting[layer.weight], strict=True))
-                self.take(layer, a, b, counts)
+            for uses in zip(*self._waiting[layer.weight], strict=True):
+                self.take(layer, *(torch.cat(tensors, 1) for tensors in zip(*uses, strict=True)))
 
     def _forward(self, layer: Layer) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -114,20 +115,27 @@ class LayerHooks:
         return hook
 
     def _backward(self, layer: Layer, x: Tensor, b: Tensor) -> None:
-        if not _is_by_text(x, self._shape):
+        shape = (self._layout.num_rows, self._layout.row_tokens)
+        if not _is_by_text(x, shape):
             raise InputError(
-                f"{layer.modules[0]} saw texts in order, and now rows {tuple(x.shape[:-1])} for a batch of {self._shape}.",
+                f"{layer.modules[0]} saw texts in order, and now rows {tuple(x.shape[:-1])} for a batch of {shape}.",
                 "a layer that sees every text's positions in order, or never does",
                 "freeze the layer's weight, so that it takes no part.",
             )
-        a, b = (tensor.reshape(self._shape[0], -1, tensor.shape[-1]).float() for tensor in (x, b))  # (B, T, I), (B, T, O)
+        parts = (self._part(layer, x, b, texts) for texts in self._layout.groups())
+        if self._uses[layer.weight] == 1:
+            for part in parts:
+                self.take(layer, *part)
+        else:
+            self._waiting[layer.weight].append(list(parts))
+
+    def _part(self, layer: Layer, x: Tensor, b: Tensor, texts: slice) -> Part:
+        """What `take` gets of some of the texts."""
+        a, b = (self._layout.by_text(tensor, texts).float() for tensor in (x, b))  # (b, T, I), (b, T, O)
         if layer.bias:
             a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2)
-        counts = self._counts.repeat_interleave(a.shape[1] // self._shape[1], 1)  # (B, T)
-        if self._uses[layer.weight] == 1:
-            self.take(layer, a, b, counts)
-        else:
-            self._waiting[layer.weight].append((a, b, counts))
+        length = self._layout.longest(texts)
+        return a, b, self._counts[texts, :length].repeat_interleave(a.shape[1] // length, 1)
 
 
 def find_layers(lm: LanguageModel, batch: Batch) -> list[Layer]:

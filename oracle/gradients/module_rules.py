@@ -72,31 +72,32 @@ class EmbeddingRule(Rule):
 
     def attach(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Leave a hook on the output of one use of the module."""
-        engine = self.engine
-        if output.shape[0] == 1 and engine.num_texts > 1:  # learned positions, broadcast over the batch later on: b would
-            output = output.expand(engine.num_texts, *output.shape[1:])  # be a sum over the texts
+        num_rows = self.engine.layout.num_rows
+        if output.shape[0] == 1 and num_rows > 1:  # learned positions, broadcast over the batch later on: b would
+            output = output.expand(num_rows, *output.shape[1:])  # be a sum over the texts
         output = output if output.requires_grad else output.requires_grad_().clone()  # the model may change it in place
         if self.is_by_text(module, output):
-            output.register_hook(lambda b: self.backward(module, args, kwargs, engine.by_text(b).float()))
+            output.register_hook(lambda b: self.backward(module, args, kwargs, b.float()))
         return output
 
     def backward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], b: Tensor) -> None:
-        """Add the products of b (B, L, F)."""
-        engine, name = self.engine, self.names["weight"]
-        ids = args[0] if args else kwargs["input"]
-        if ids.shape[0] == 1:
-            ids = ids.expand(engine.num_texts, *ids.shape[1:])
-        ids = ids.reshape(engine.num_texts, -1)  # (B, L)
+        """Add the products of b (R, M, F)."""
+        engine, layout, name = self.engine, self.engine.layout, self.names["weight"]
+        ids = (args[0] if args else kwargs["input"]).unsqueeze(-1)  # (R, M, 1)
+        ids = ids.expand(*b.shape[:-1], 1)
         if module.padding_idx is not None:  # torch gives that row no gradient
-            b = b * (ids != module.padding_idx).unsqueeze(-1)  # (B, L, F)
-        moved = (functional.embedding(ids, direction) for direction in engine.directions[name])  # K of (B, L, F)
-        engine.add_products(name, torch.stack([(rows * b).sum((1, 2), dtype=torch.float64) for rows in moved], dim=1))
-        if engine.norms and engine.uses[name] == 1:
-            same = (ids.unsqueeze(1) == ids.unsqueeze(2)).double()  # (B, L, L): a row used twice adds up before squaring
-            engine.add_square_norms(((b @ b.transpose(1, 2)).double() * same).sum((1, 2)))
-        elif engine.norms:
-            for row in range(engine.num_texts):
-                gradient = torch.zeros_like(module.weight, dtype=torch.float32).index_add_(0, ids[row], b[row])
+            b = b * (ids != module.padding_idx)  # (R, M, F)
+        moved = (functional.embedding(ids.squeeze(-1), direction) for direction in engine.directions[name])  # K of (R, M, F)
+        products = torch.stack([(rows * b).sum(-1, dtype=torch.float64) for rows in moved], dim=-1)  # (R, M, K)
+        engine.add_products(name, layout.sum_by_text(products, dtype=torch.float64))
+        for texts in layout.groups() if engine.norms else []:
+            own_ids, own_b = layout.by_text(ids, texts).squeeze(-1), layout.by_text(b, texts)  # (b, T), (b, T, F)
+            if engine.uses[name] == 1:
+                same = (own_ids.unsqueeze(1) == own_ids.unsqueeze(2)).double()  # (b, T, T): a row used twice adds up first
+                engine.add_square_norms(((own_b @ own_b.transpose(1, 2)).double() * same).sum((1, 2)), first=texts.start)
+                continue
+            for text, row in enumerate(range(texts.start, texts.stop)):
+                gradient = torch.zeros_like(module.weight, dtype=torch.float32).index_add_(0, own_ids[text], own_b[text])
                 engine.add_norm(name, gradient.reshape(1, -1), slice(row, row + 1))
 
 
@@ -104,30 +105,29 @@ class OtherEmbeddingRule(EmbeddingRule):
     """An embedding with a forward of its own (scaled rows, shifted positions): the module is differentiated itself."""
 
     def backward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], b: Tensor) -> None:
-        """Add the products of b (B, L, F)."""
-        engine, name, weight = self.engine, self.names["weight"], module.weight.detach()
+        """Add the products of b (R, M, F)."""
+        engine, layout, name, weight = self.engine, self.engine.layout, self.names["weight"], module.weight.detach()
 
         def output(weight: Tensor) -> Tensor:
             with engine.rerunning():
-                rows = torch.func.functional_call(module, {"weight": weight}, args, kwargs)
-            return rows.reshape(engine.num_texts if rows.numel() == b.numel() else 1, -1, rows.shape[-1])
+                return torch.func.functional_call(module, {"weight": weight}, args, kwargs).expand_as(b)
 
         products = []
         for direction in engine.directions[name]:
             tangent = direction.to(weight.dtype)
             if module.padding_idx is not None:  # torch gives that row no gradient
                 tangent = tangent.index_fill(0, torch.tensor(module.padding_idx, device=tangent.device), 0.0)
-            moved = torch.func.jvp(output, (weight,), (tangent,))[1]  # (B or 1, L, F)
-            products.append((moved.float() * b).sum((1, 2), dtype=torch.float64))
-        engine.add_products(name, torch.stack(products, dim=1))
+            moved = torch.func.jvp(output, (weight,), (tangent,))[1]  # (R, M, F)
+            products.append((moved.float() * b).sum(-1, dtype=torch.float64))
+        engine.add_products(name, layout.sum_by_text(torch.stack(products, dim=-1), dtype=torch.float64))
         if engine.norms:
             with torch.enable_grad():
                 rows = output(weight.requires_grad_())
-            for row in range(engine.num_texts):
-                own = torch.zeros_like(rows)
-                own[row if len(rows) > 1 else 0] = b[row].to(rows.dtype)
+            owners = layout.owners.reshape(*b.shape[:-1], 1)  # (R, M, 1)
+            for text in range(layout.num_texts):
+                own = (b * (owners == text)).to(rows.dtype)
                 (gradient,) = torch.autograd.grad(rows, weight, own, retain_graph=True)
-                engine.add_norm(name, gradient.float().reshape(1, -1), slice(row, row + 1))
+                engine.add_norm(name, gradient.float().reshape(1, -1), slice(text, text + 1))
 
 
 class LinearRule(Rule):
@@ -144,9 +144,8 @@ class LinearRule(Rule):
     def backward(self, x: Tensor, b: Tensor) -> None:
         """Add the products of b at y and x."""
         engine = self.engine
-        x, b = engine.by_text(x), engine.by_text(b)  # (B, T, I), (B, T, O)
         if "bias" in self.names:
-            engine.add_gradients(self.names["bias"], b.sum(1, dtype=torch.float32))
+            engine.add_gradients(self.names["bias"], engine.layout.sum_by_text(b, dtype=torch.float32))
         if "weight" not in self.names:
             return
         if engine.num_directions == 1 and not engine.norms:
@@ -161,18 +160,18 @@ class LinearRule(Rule):
         direction = direction.T if self.is_transposed else direction  # (O, I)
         outputs, inputs = direction.shape
         direction = direction.to(b.dtype)
-        moved, other = (x.to(b.dtype) @ direction.T, b) if inputs >= outputs else (b @ direction, x)  # (B, T, min(O, I))
-        products = torch.linalg.vecdot(moved.float(), other.float()).sum(1, dtype=torch.float64)  # (B,)
-        self.engine.add_products(name, products.unsqueeze(1))
+        moved, other = (x.to(b.dtype) @ direction.T, b) if inputs >= outputs else (b @ direction, x)  # (R, M, min(O, I))
+        of_tokens = torch.linalg.vecdot(moved.float(), other.float()).unsqueeze(-1)  # (R, M, 1)
+        self.engine.add_products(name, self.engine.layout.sum_by_text(of_tokens, dtype=torch.float64))
 
     def add_by_gradients(self, x: Tensor, b: Tensor) -> None:
         """Several directions or norms: form the layer's gradients for a few texts at a time."""
         left, right = (x, b) if self.is_transposed else (b, x)
-        bytes_per_text = left.shape[-1] * right.shape[-1] * 4
-        step = max(1, GRADIENT_BLOCK_BYTES // bytes_per_text)
-        for first in range(0, x.shape[0], step):
-            gradients = torch.bmm(left[first : first + step].to(b.dtype).transpose(1, 2), right[first : first + step].to(b.dtype))
-            self.engine.add_gradients(self.names["weight"], gradients.flatten(1), first=first)
+        layout, bytes_per_text = self.engine.layout, left.shape[-1] * right.shape[-1] * 4
+        for texts in layout.groups(at_most=max(1, GRADIENT_BLOCK_BYTES // bytes_per_text)):
+            own_left, own_right = (layout.by_text(tensor, texts).to(b.dtype) for tensor in (left, right))  # (b, T, .)
+            gradients = torch.bmm(own_left.transpose(1, 2), own_right)
+            self.engine.add_gradients(self.names["weight"], gradients.flatten(1), first=texts.start)
 
 
 class TransposedLinearRule(LinearRule):
@@ -226,7 +225,7 @@ class ElementwiseRule(Rule):
             per_feature = b.float()
             if key != "bias":
                 per_feature = per_feature * self.normalised(module, key, x).float()
-            self.engine.add_gradients(name, self.engine.by_text(per_feature).sum(1))
+            self.engine.add_gradients(name, self.engine.layout.sum_by_text(per_feature, dtype=torch.float32))
 
     def normalised(self, module: Any, key: str, x: Tensor) -> Tensor:
         """What the parameter `key` is multiplied with in every output feature."""

@@ -30,6 +30,7 @@ from oracle.encoding import Batch
 from oracle.gradients.coverage import holders
 from oracle.gradients.general_rule import UncoveredModuleError
 from oracle.gradients.module_rules import attach_rules, make_root
+from oracle.gradients.text_layout import TextLayout
 
 SUM_BLOCK = 2**16  # elements summed in float32 before going on in float64
 
@@ -85,7 +86,7 @@ class GradientProducts:
         self._requires_grad: list[tuple[nn.Parameter, bool]] = []
         self._handles: list[Any] = []
         self._holders = holders(module)
-        self._moved_up: dict[str, str] = {}  # parameter -> path of the module that the general rule runs for it
+        self.moved_up: dict[str, str] = {}  # parameter -> path of the module that the general rule runs for it
         self.rerun: set[str] = set()  # the parameters that the general rule has been used for
 
     def __enter__(self) -> GradientProducts:
@@ -105,7 +106,7 @@ class GradientProducts:
         inner: dict[str, dict[str, str]] = {}
         for name in self.directions:
             for path, key in self._holders[name]:
-                above = self._moved_up.get(name)
+                above = self.moved_up.get(name)
                 if above is None:
                     own.setdefault(path, {})[key] = name
                 else:
@@ -121,13 +122,13 @@ class GradientProducts:
         """Give parameters to the general rule of the next larger module; False where the next one is the model itself."""
         embeddings = self.module.get_input_embeddings()  # type: ignore[operator]
         for name in names:
-            path = self._moved_up.get(name, self._holders[name][0][0])
+            path = self.moved_up.get(name, self._holders[name][0][0])
             above = path.rpartition(".")[0]
             above_module = self.module.get_submodule(above)
             is_whole_model = above_module is not embeddings and any(part is embeddings for part in above_module.modules())
             if not path or is_whole_model or len(self._holders[name]) > 1:
                 return False
-            self._moved_up[name] = above
+            self.moved_up[name] = above
         return True
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -139,10 +140,9 @@ class GradientProducts:
 
     def __call__(self, batch: Batch) -> Products:
         """Measure one batch."""
-        self.num_texts, self.num_positions = batch.input_ids.shape
-        device = batch.input_ids.device
-        self.products = torch.zeros(self.num_texts, self.num_directions, dtype=torch.float64, device=device)
-        self.square_norms = torch.zeros(self.num_texts, dtype=torch.float64, device=device)
+        self.layout, device = TextLayout(batch), batch.input_ids.device
+        self.products = torch.zeros(self.layout.num_texts, self.num_directions, dtype=torch.float64, device=device)
+        self.square_norms = torch.zeros(self.layout.num_texts, dtype=torch.float64, device=device)
         self.by_parameter: dict[str, Tensor] = {}
         self.uses: dict[str, int] = {}
         self.pending: dict[str, tuple[Tensor, Tensor]] = {}
@@ -185,10 +185,6 @@ class GradientProducts:
         finally:
             self.is_rerunning = before
 
-    def by_text(self, tensor: Tensor) -> Tensor:
-        """View a module's input or output (B, L, ..., F) or (B * L, F) as (B, T, F)."""
-        return tensor.reshape(self.num_texts, -1, tensor.shape[-1])
-
     def add_products(self, name: str, products: Tensor, *, first: int = 0) -> None:
         """Add (b, K) products of one use of a parameter, for texts `first` to `first + b`."""
         products = products.double()
@@ -213,9 +209,9 @@ class GradientProducts:
         elif self.norms:
             self.add_norm(name, gradients, rows)
 
-    def add_square_norms(self, square_norms: Tensor) -> None:
-        """Add (B,) squared norms of a parameter's per-text gradients."""
-        self.square_norms += square_norms
+    def add_square_norms(self, square_norms: Tensor, *, first: int = 0) -> None:
+        """Add (b,) squared norms of a parameter's per-text gradients, for texts `first` to `first + b`."""
+        self.square_norms[first : first + len(square_norms)] += square_norms
 
     def add_norm(self, name: str, gradients: Tensor, rows: slice) -> None:
         """Add the squared norms of (b, P) gradients; those of a parameter used more than once only after its last use."""
@@ -224,8 +220,8 @@ class GradientProducts:
             return
         if name not in self.pending:
             self.pending[name] = (
-                torch.zeros(self.num_texts, gradients.shape[1], device=gradients.device),
-                torch.zeros(self.num_texts, dtype=torch.long, device=gradients.device),
+                torch.zeros(self.layout.num_texts, gradients.shape[1], device=gradients.device),
+                torch.zeros(self.layout.num_texts, dtype=torch.long, device=gradients.device),
             )
         total, count = self.pending[name]
         total[rows] += gradients
@@ -295,9 +291,8 @@ def each_text(
     wanted = set(names)
     parameters = {name: p for name, p in module.named_parameters() if name in wanted}
     for row in range(len(batch.input_ids)):
-        single = Batch(batch.input_ids[row : row + 1], batch.labels[row : row + 1], [row])
         with uncompiled(module):
-            loss, observed = observed_losses(module, losses, single, observe=observe)
+            loss, observed = observed_losses(module, losses, batch.some(slice(row, row + 1)), observe=observe)
             found = torch.autograd.grad(loss.sum(), list(parameters.values()), allow_unused=True)
         gradients = {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
         yield TextGradient(gradients, loss.detach(), observed)
@@ -312,7 +307,7 @@ def joined(observed: list[Tensor | None]) -> Tensor | None:
 def observed_losses(
     module: nn.Module, losses: LossFunction, batch: Batch, *, observe: Observer | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return a batch's losses, and what `observe` makes of the logits that they came from."""
+    """Return a batch's losses, and what `observe` makes of the logits that they came from, a few texts at a time where packed."""
     if observe is None:
         return losses(batch), None
     logits: list[Tensor] = []
@@ -321,8 +316,9 @@ def observed_losses(
         found = losses(batch)
     finally:
         handle.remove()
+    layout = TextLayout(batch)
     with torch.no_grad():
-        return found, observe(batch, logits[-1])
+        return found, torch.cat([observe(batch.some(texts), layout.by_text(logits[-1], texts)) for texts in layout.groups()])
 
 
 def uncompiled(module: nn.Module) -> AbstractContextManager[Any]:

@@ -48,8 +48,7 @@ def check_products(engine: GradientProducts, batch: Batch) -> SelfCheck:
         tiny = torch.finfo(torch.float32).tiny
         largest = measured.abs().amax(0).clamp_min(tiny)  # (K,)
         row = int((measured.abs() / largest).sum(1).argmax())
-        single = Batch(batch.input_ids[row : row + 1], batch.labels[row : row + 1], [0])
-        alone = engine(single).products[0] if len(measured) > 1 else measured[0]
+        alone = engine(batch.some(slice(row, row + 1))).products[0] if len(measured) > 1 else measured[0]
     scale = measured.abs().sum(0).clamp_min(tiny)  # (K,)
     expected, by_parameter, unused = torch.zeros_like(scale), {}, []
     for name, gradient in zip(parameters, gradients, strict=True):

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from oracle.encoding import Batch, EncodedText
 from oracle.gradients.general_rule import UncoveredModuleError
-from oracle.gradients.products import GradientProducts, LossFunction, Observer, PerTextProducts, Products
+from oracle.gradients.products import GradientProducts, LossFunction, Observer, PerTextProducts, Products, joined
 from oracle.gradients.self_check import check_products
 from oracle.language_model import LanguageModel
+from oracle.packing import unpacked
 
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative, see `SelfCheck`
 LOW_PRECISION_TOLERANCE = 5e-2
@@ -30,6 +31,10 @@ NUM_NAMES = 10  # parameters that the facts name
 
 class SlowRouteWarning(UserWarning):
     """The batched identity does not cover the model, so every text takes a backward pass of its own."""
+
+
+class UnpackedWarning(UserWarning):
+    """The batched identity does not cover the model in packed rows, so their texts are taken apart again."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,8 @@ class TextProducts:
         self.route = "per_text" if per_text else "batched"
         self.self_check_error: float | None = None
         self._largest_checked = 0  # texts in the batch that was checked; one text alone cannot be given to the wrong one
+        self._has_checked_packed = False
+        self._unpacked_because = ""  # what the check found wrong with packed rows
         self.slow_parameters: set[str] = set()  # those that forced the plain loop, for the model or for a batch
         loss_function = lm.text_losses if losses is None else losses
         self._fast = GradientProducts(lm.module, directions, loss_function, norms=norms, observe=observe)
@@ -117,6 +124,7 @@ class TextProducts:
             "covered_share": covered / self.lm.num_parameters,
             "rerun_per_text": self._count(self._fast.rerun),
             "forced_the_slow_route": self._count(self.slow_parameters),
+            "unpacked_because": self._unpacked_because,
         }
 
     def _count(self, names: Iterable[str]) -> dict[str, Any]:
@@ -131,30 +139,53 @@ class TextProducts:
         }
 
     def _products(self, batch: Batch) -> Products:
-        if self.route == "batched" and self._largest_checked < min(len(batch.input_ids), 2):
+        if not self.route.startswith("per_text") and self._is_unchecked(batch):
             self._choose_route(batch)
         if not self.route.startswith("per_text"):
-            try:
-                with self._fast as engine:
-                    return engine(batch)
-            except UncoveredModuleError as error:  # of this batch alone: the next one takes the batched way again
-                self._take_slow_route(f"batched, per_text for some batches ({error})", error.parameters)
+            if batch.packed is None or not self._unpacked_because:
+                try:
+                    with self._fast as engine:
+                        return engine(batch)
+                except UncoveredModuleError as error:  # of this batch alone: the next one takes the batched way again
+                    if batch.packed is None:
+                        self._take_slow_route(f"batched, per_text for some batches ({error})", error.parameters)
+            if batch.packed is not None:
+                return _joined([self._products(part) for part in unpacked(batch)])
         return self._slow(batch)
 
+    def _is_unchecked(self, batch: Batch) -> bool:
+        if batch.packed is not None:
+            return not self._has_checked_packed and not self._unpacked_because
+        return self.route == "batched" and self._largest_checked < min(len(batch.input_ids), 2)
+
     def _choose_route(self, batch: Batch) -> None:
-        """Check the identity on a batch, and move up what fails until it holds, or take the plain loop."""
+        """Check the identity on a batch, and move up what fails until it holds, or unpack rows, or take the plain loop."""
         dtype = next(self.lm.module.parameters()).dtype
         is_low = dtype not in SELF_CHECK_TOLERANCE or torch.is_autocast_enabled(batch.input_ids.device.type)
         tolerance = LOW_PRECISION_TOLERANCE if is_low else SELF_CHECK_TOLERANCE[dtype]
+        moved_up = dict(self._fast.moved_up)
         while True:
             error, failed, reason = self._check(batch, tolerance)
             if not reason:
                 break
             if not failed or not self._fast.move_up(failed):
                 self._fast.rerun.clear()
+                if batch.packed is not None:
+                    self._fast.moved_up = moved_up
+                    self._unpack_from_now_on(reason)
+                    return
                 self._take_slow_route(f"per_text ({reason})", failed)
                 break
-        self.self_check_error, self._largest_checked = error, len(batch.input_ids)
+        self.self_check_error = error
+        if batch.packed is not None:
+            self._has_checked_packed = True
+        else:
+            self._largest_checked = len(batch.input_ids)
+
+    def _unpack_from_now_on(self, reason: str) -> None:
+        self._unpacked_because = reason
+        told = f"{self.method} reads the texts of packed rows one per row, as without packing: {reason}."
+        warnings.warn(told, UnpackedWarning, stacklevel=2)
 
     def _check(self, batch: Batch, tolerance: float) -> tuple[float | None, list[str], str]:
         """Return the self-check's error, the parameters that fail it, and why; no reason where the products are right."""
@@ -181,3 +212,14 @@ class TextProducts:
                 stacklevel=2,
             )
         self.route = route
+
+
+def _joined(parts: Sequence[Products]) -> Products:
+    """Join what was found of some texts each."""
+    norms = [part.square_norms for part in parts if part.square_norms is not None]
+    return Products(
+        torch.cat([part.products for part in parts]),
+        torch.cat(norms) if norms else None,
+        torch.cat([part.losses for part in parts]),
+        joined([part.observed for part in parts]),
+    )

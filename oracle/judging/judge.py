@@ -98,30 +98,16 @@ def judge(
     text_ids = sorted(set(list_text_ids(texts)) - (set() if planted is None else planted.text_ids))
     _check_judges(num_subsets, share, planted, alpha=alpha, num_texts=len(text_ids))
     taken = {name: _take(name, given, text_ids, names) for name, given in _by_name(labels).items()}
-    recovered = {name: {} if planted is None else _recovery(name, labels[name], planted, names) for name in taken}
-    evidence = _Evidence(
-        text_ids,
-        {name: own.values for name, own in taken.items()},
-        draw_subsets(text_ids, alpha=alpha, num_subsets=num_subsets, seed=seed),
-        range(seed, seed + num_seeds),
-        None if share is None else SharePlan(text_ids, round(share * len(text_ids)), num_seeds, seed),
-    )
-    plan = plan or RetrainingPlan()
-    cost: dict[str, float] = {}
+    recovered = {} if planted is None else {name: _recovery(name, labels[name], planted, names) for name in taken}
+    parts: dict[str, Any] = {"alpha": alpha, "num_subsets": num_subsets, "num_seeds": num_seeds, "share": share, "seed": seed}
+    evidence = _Evidence.planned(text_ids, {name: own.values for name, own in taken.items()}, **parts)
+    plan, cost = plan or RetrainingPlan(), {}
     if num_subsets or share is not None:
-        retraining = Retraining(lm, texts, prepare_targets(lm, target_sets, seed=seed), plan=plan, workdir=workdir)
-        evidence.gather(retraining)
-        cost = retraining.cost()
+        columns = prepare_targets(lm, target_sets, seed=seed)
+        cost = evidence.gather(Retraining(lm, texts, columns, plan=plan, workdir=workdir))
     scores = evidence.scores(num_bootstrap=num_bootstrap, seed=seed)
     verdicts = {
-        name: Verdict(
-            dict(zip(names, scores[name][0], strict=True)) if scores else {},
-            scores[name][1] if scores else None,
-            evidence.worths(name, names),
-            recovered[name],
-            label_cost(own.meta, forward_flops_per_token=lm.forward_flops_per_token),
-            *_sameness(own, lm, target_sets),
-        )
+        name: _verdict(name, own, evidence, lm=lm, targets=target_sets, scores=scores.get(name), planted=recovered.get(name, {}))
         for name, own in taken.items()
     }
     settings = {
@@ -129,7 +115,7 @@ def judge(
         "target_texts": {target.name: len(target) for target in target_sets},
         "num_planted": 0 if planted is None else len(planted.table),
         "plan": asdict(plan),
-        **{"alpha": alpha, "num_subsets": num_subsets, "num_seeds": num_seeds, "share": share, "seed": seed},
+        **parts,
     }
     return Judgement(verdicts, names, dict(zip(names, evidence.ceilings(), strict=False)), settings, cost)
 
@@ -152,8 +138,25 @@ class _Evidence:
     seeds: Sequence[int]
     shares: SharePlan | None
 
-    def gather(self, retraining: Retraining) -> None:
-        """Train what is asked for; a subset that several methods or judges ask for is trained once."""
+    @classmethod
+    def planned(
+        cls,
+        text_ids: list[str],
+        values: dict[str, np.ndarray],
+        *,
+        alpha: float,
+        num_subsets: int,
+        num_seeds: int,
+        share: float | None,
+        seed: int,
+    ) -> _Evidence:
+        """Draw the subsets and random shares; nothing is trained yet."""
+        subsets = draw_subsets(text_ids, alpha=alpha, num_subsets=num_subsets, seed=seed)
+        shares = None if share is None else SharePlan(text_ids, round(share * len(text_ids)), num_seeds, seed)
+        return cls(text_ids, values, subsets, range(seed, seed + num_seeds), shares)
+
+    def gather(self, retraining: Retraining) -> dict[str, float]:
+        """Train what is asked for and return its cost; a subset that several methods or judges ask for is trained once."""
         asked = [Subset(text_ids, seed) for seed in self.seeds for text_ids in self.subsets]
         for judge_name in JUDGES if self.shares is not None else ():
             assert self.shares is not None
@@ -163,6 +166,7 @@ class _Evidence:
                     asked += [subset for side in (TOP, BOTTOM) for subset in self.shares.subsets(judge_name, column, side)]
         results = retraining.run(asked, title="judge")
         self.retrained: dict[str, Retrained] = {subset.name: found for subset, found in zip(asked, results, strict=True)}
+        return retraining.cost()
 
     def scores(self, *, num_bootstrap: int, seed: int) -> dict[str, tuple[list[Score], Score]]:
         """Method name -> its score on each target and their mean; empty without subsets."""
@@ -192,6 +196,28 @@ class _Evidence:
     def _measured(self, what: str) -> np.ndarray:
         """Of every seed and subset: effects (R, M, C) or half_effects (R, M, 2, C)."""
         return np.array([[getattr(self.retrained[Subset(ids, seed).name], what) for ids in self.subsets] for seed in self.seeds])
+
+
+def _verdict(
+    name: str,
+    labels: Labels,
+    evidence: _Evidence,
+    *,
+    lm: LanguageModel,
+    targets: Sequence[TargetSet],
+    scores: tuple[list[Score], Score] | None,
+    planted: dict[str, dict[str, Recovery]],
+) -> Verdict:
+    """Put together what the judges say of one method's labels, and whether they speak of this checkpoint and these targets."""
+    names = [target.name for target in targets]
+    return Verdict(
+        {} if scores is None else dict(zip(names, scores[0], strict=True)),
+        None if scores is None else scores[1],
+        evidence.worths(name, names),
+        planted,
+        label_cost(labels.meta, forward_flops_per_token=lm.forward_flops_per_token),
+        *_sameness(labels, lm, targets),
+    )
 
 
 def _by_name(labels: Mapping[str, Labels]) -> Mapping[str, Labels]:

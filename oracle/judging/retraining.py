@@ -26,6 +26,7 @@ from oracle.artifacts import fingerprint, read_json, require_same, write_json
 from oracle.encoding import EncodedText
 from oracle.errors import InputError, MismatchError, NotFiniteError, check_at_least, check_choice
 from oracle.language_model import REDUCTIONS, LanguageModel
+from oracle.optimizers import require_optimizer
 from oracle.progress import track
 from oracle.target_columns import TargetColumns, prepare_targets
 from oracle.targets import read_targets
@@ -162,7 +163,7 @@ class Retraining:
     workdir: str | Path | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_optimizer(self.lm)
+        require_optimizer(self.lm, needed_by="retraining")
         self.num_trained_now = 0
         self._encoded = {text.text_id: text for text in self.lm.encode(self.texts)}
         self._stored: dict[str, dict[str, Any]] = {}
@@ -284,21 +285,6 @@ class Retraining:
 def hash_order(text_ids: Sequence[str], salt: str) -> list[str]:
     """Return ids in the order of their salted hashes: a random order that depends on content and salt alone."""
     return sorted(text_ids, key=lambda text_id: hashlib.sha256(f"{salt}:{text_id}".encode()).digest())
-
-
-def _check_optimizer(lm: LanguageModel) -> None:
-    if lm.optimizer is None:
-        raise InputError(
-            "retraining needs the optimiser that trains the model, and there is none.",
-            "a LanguageModel with optimizer=..., or a checkpoint folder that has its optimiser state",
-            "pass optimizer=torch.optim.AdamW(module.parameters(), lr=...).",
-        )
-    if all(float(group["lr"]) == 0.0 for group in lm.optimizer.param_groups):
-        raise InputError(
-            "the optimiser's learning rate is 0, so training changes nothing.",
-            "a learning rate above 0",
-            "set the rate of the phase that the texts are selected for (schedules end at 0).",
-        )
 
 
 def _check_finite(losses: np.ndarray | float, what: str) -> None:

@@ -49,6 +49,10 @@ class Ekfac:
     A value is how far the target loss falls per unit of weight on the text's loss, beside the mean summed loss of the texts
     that the curvature was fitted on. Positive means that the text helps; the papers give the change of the loss or of
     the log-likelihood, with either sign. Grosse et al. take a text's loss as the sum over its tokens (`text_loss="sum"`).
+
+    With weights in bfloat16, values of small models were off by at most 0.02 of the largest one through the factors at
+    hand. But factors that are fitted in bfloat16 are others than those of float64: through these the values were off by up
+    to 0.36 of the largest (Spearman 0.91 and more), so fit and label in float32 where that matters.
     """
 
     plugin_name: ClassVar[str] = "ekfac"

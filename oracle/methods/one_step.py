@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from oracle.encoding import EncodedText, make_batch
-from oracle.errors import InputError, NotFiniteError, check_at_least, check_choice
+from oracle.errors import NotFiniteError, check_at_least, check_choice
 from oracle.language_model import REDUCTIONS, LanguageModel
 from oracle.methods import Measured
+from oracle.optimizers import require_optimizer
 from oracle.plugins import option
 from oracle.snapshot import Snapshot
 from oracle.target_columns import TargetColumns
@@ -34,6 +35,10 @@ class OneStep:
         One training step and one evaluation of all target sets per text; a copy of weights and optimiser state.
     Limit:
         With SGD, divided by its learning rate, it tends to `grad_dot` as the learning rate tends to 0.
+
+    The text is a batch of its own, and `max_grad_norm` clips it as such. What it does inside a batch of B that is clipped
+    together is `rollout(num_steps=1, batch_size=B, max_grad_norm=...)`. With weights in bfloat16 the step itself is
+    rounded: values of small models were off by 0.4 to 1.3 of the largest one (Spearman 0.7 to 0.9), so load them in float32.
     """
 
     plugin_name: ClassVar[str] = "one_step"
@@ -62,18 +67,7 @@ class OneStep:
 
     def prepare(self, lm: LanguageModel, columns: TargetColumns) -> None:
         """Copy the state, measure the losses before, and what a step with a zero gradient does to them."""
-        if lm.optimizer is None:
-            raise InputError(
-                "one_step needs the optimiser that trains the model, and there is none.",
-                "a LanguageModel with optimizer=..., or a checkpoint folder that has its optimiser state",
-                "pass optimizer=torch.optim.AdamW(module.parameters(), lr=...), or use method='grad_dot'.",
-            )
-        if all(float(group["lr"]) == 0.0 for group in lm.optimizer.param_groups):
-            raise InputError(
-                "the optimiser's learning rate is 0, so a step changes nothing.",
-                "a learning rate above 0",
-                "set the rate of the phase that you select for (schedules end at 0), or use method='grad_dot'.",
-            )
+        require_optimizer(lm, needed_by=self.plugin_name, otherwise="use method='grad_dot'")
         self.lm_, self.columns_ = lm, columns
         self.snapshot_: Snapshot = lm.snapshot()
         self.before_ = columns.losses(lm)  # (K,)

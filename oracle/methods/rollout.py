@@ -25,6 +25,7 @@ from oracle.encoding import EncodedText
 from oracle.errors import InputError, NotFiniteError, check_at_least, check_choice
 from oracle.language_model import REDUCTIONS, LanguageModel
 from oracle.methods import Measured
+from oracle.optimizers import require_optimizer
 from oracle.plugins import option
 from oracle.snapshot import Snapshot
 from oracle.target_columns import TargetColumns
@@ -114,14 +115,7 @@ class Rollout:
 
     def prepare(self, lm: LanguageModel, columns: TargetColumns) -> None:
         """Plan the rollouts and measure each with its own companion in the place, and with nothing there."""
-        if lm.optimizer is None or all(float(group["lr"]) == 0.0 for group in lm.optimizer.param_groups):
-            found = "there is none" if lm.optimizer is None else "its learning rate is 0, so a step changes nothing"
-            raise InputError(
-                f"rollout needs the optimiser that trains the model, and {found}.",
-                "a LanguageModel with optimizer=... and a learning rate above 0, or a checkpoint folder with its optimiser state",
-                "pass optimizer=torch.optim.AdamW(module.parameters(), lr=...) with the rate of the phase that you select for, "
-                "or use method='grad_dot'.",
-            )
+        require_optimizer(lm, needed_by=self.plugin_name, otherwise="use method='grad_dot'")
         self.lm_, self.columns_ = lm, columns
         self.start_: Snapshot = lm.snapshot()
         self.plans_ = self._plans()

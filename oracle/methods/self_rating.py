@@ -164,7 +164,7 @@ class SelfRating:
         rows = [EncodedText(str(number), ids, [IGNORED] * len(ids)) for number, ids in enumerate(asked)]
         found = np.zeros((len(asked), len(ratings)))
         with torch.no_grad():
-            for batch in self.lm_.batches(rows):
+            for batch in self.lm_.batches(rows, packing=False):
                 logits = self.lm_.module(input_ids=batch.input_ids, use_cache=False).logits  # (B, L, V)
                 last = torch.tensor([len(asked[position]) - 1 for position in batch.positions], device=logits.device)
                 chosen = logits[torch.arange(len(last), device=logits.device), last][:, ratings]  # (B, K)

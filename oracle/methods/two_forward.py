@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from oracle.encoding import EncodedText
 from oracle.errors import check_at_least, check_choice
 from oracle.gradients.central_difference import CentralDifference, check_precision
+from oracle.gradients.coverage import match_parameters, only_trainable
 from oracle.gradients.metric import PRECONDITIONERS, Directions, prepare_directions
 from oracle.language_model import REDUCTIONS, LanguageModel
 from oracle.methods import Measured
@@ -50,6 +51,9 @@ class TwoForward:
     text_loss: str = option(
         "mean", "A text's loss as 'mean' over its target tokens, or as their 'sum', as a batch averaged over tokens weighs it."
     )
+    layers: str | None = option(
+        None, "A regular expression; only parameters in whose names it is found count, as if the others were frozen."
+    )
     relative_step: float | None = option(
         None,
         "Length of the step as a share of the norm of the weights; None takes the one that moves the target's loss by about "
@@ -69,9 +73,10 @@ class TwoForward:
 
     def prepare(self, lm: LanguageModel, columns: TargetColumns) -> None:
         """Measure and precondition the target gradients; choose a step along each and check it on its own texts."""
-        check_precision({name: p for name, p in lm.module.named_parameters() if p.requires_grad})
         self.lm_, self.columns_ = lm, columns
-        self.directions_: Directions = prepare_directions(lm, columns, preconditioner=self.preconditioner)
+        with only_trainable(lm.module, match_parameters(lm.module, self.layers)):
+            check_precision({name: p for name, p in lm.module.named_parameters() if p.requires_grad})
+            self.directions_: Directions = prepare_directions(lm, columns, preconditioner=self.preconditioner)
         self.differences_ = CentralDifference(lm, self.directions_.tensors, reduction=self.text_loss, relative=self.relative_step)
         for part, target in enumerate(columns.parts):
             own = [batch for batch, owner in zip(columns.batches, columns.batch_parts, strict=True) if owner == part]
@@ -90,6 +95,8 @@ class TwoForward:
             "relative_steps": [step.relative for step in self.differences_.steps],
             "self_check_relative_errors": [step.error for step in self.differences_.steps],
             "first_block_relative_error": self.differences_.sample_error,
+            "covered_parameters": sum(direction[0].numel() for direction in self.directions_.tensors.values()),
+            "parameters": self.lm_.num_parameters,
             "holds_routing": self.differences_.makes_choices,
             "forward_passes_per_text": self.differences_.passes_per_text,
             "preconditioner_used": "adam" if self.directions_.is_adam else "none",

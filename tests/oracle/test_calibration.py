@@ -43,3 +43,20 @@ def test_a_cheap_method_is_compared_with_real_steps_on_the_same_texts(lm, sample
 def test_a_grouping_by_a_column_that_is_not_there_is_refused(lm, sample, make_token_texts):
     with pytest.raises(InputError, match="no column 'source'"):
         calibrate(lm, sample, {"t": make_token_texts(4, seed=2)}, groups="source")
+
+
+def test_which_texts_are_drawn_is_a_matter_of_content(lm, sample, make_token_texts):
+    targets = {"t": make_token_texts(4, seed=2)}
+    drawn, turned = (calibrate(lm, rows, targets, num_texts=12).rungs[0].labels for rows in (sample, sample[::-1]))
+    assert sorted(drawn.text_ids) == sorted(turned.text_ids)
+    other = calibrate(lm, sample, targets, num_texts=12, seed=1).rungs[0].labels
+    assert sorted(other.text_ids) != sorted(drawn.text_ids)
+
+
+@pytest.mark.parametrize(("methods", "given"), [(["one_step"], "'one_step' is among"), (["self_rating"], "at no target set")])
+def test_a_method_that_cannot_be_a_rung_is_refused_before_anything_is_measured(methods, given, lm, sample, make_token_texts):
+    lm.optimizer.step = None
+    with pytest.raises(InputError, match=given):
+        calibrate(lm, sample, {"t": make_token_texts(4, seed=2)}, methods=methods)
+    with pytest.raises(InputError, match="num_texts=2"):
+        calibrate(lm, sample, {"t": make_token_texts(4, seed=2)}, num_texts=2)

@@ -327,22 +327,10 @@ def test_a_direction_for_no_parameter_is_an_error(make_module, make_token_texts)
     assert not any(module._forward_hooks for module in lm.module.modules())
 
 
-class _AllButTheFirstToken(torch.nn.Module):
-    """A linear layer that is given the tokens of the whole batch without the first of them."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        flat = x.reshape(-1, x.shape[-1])
-        return functional.pad(self.inner(flat[1:]), (0, 0, 1, 0)).reshape(*x.shape[:-1], -1)
-
-
-def test_a_module_that_gathers_tokens_is_refused(make_module, make_token_texts):
+def test_a_module_that_gathers_tokens_is_refused(make_module, make_token_texts, without_first_token):
     lm, directions, batch = _setting("llama", {}, make_module, make_token_texts, num_directions=1)
     layer = lm.module.model.layers[0].mlp
-    layer.up_proj = _AllButTheFirstToken(layer.up_proj)
+    layer.up_proj = without_first_token(layer.up_proj)
     own = {name.replace("0.mlp.up_proj", "0.mlp.up_proj.inner"): direction for name, direction in directions.items()}
     with pytest.raises(UncoveredModuleError) as caught, GradientProducts(lm.module, own, lm.text_losses) as engine:
         engine(batch)

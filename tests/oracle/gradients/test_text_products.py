@@ -97,21 +97,11 @@ def test_a_weight_used_outside_its_module_forces_the_slow_route_and_is_named(mak
     }
 
 
-class _AllButTheFirstToken(torch.nn.Module):
-    """A linear layer that is given the tokens of the whole batch without the first of them."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        flat = x.reshape(-1, x.shape[-1])
-        return functional.pad(self.inner(flat[1:]), (0, 0, 1, 0)).reshape(*x.shape[:-1], -1)
-
-
-def test_a_module_that_gathers_tokens_across_texts_forces_the_slow_route_and_is_named(make_module, make_token_texts):
+def test_a_module_that_gathers_tokens_across_texts_forces_the_slow_route_and_is_named(
+    make_module, make_token_texts, without_first_token
+):
     module = make_module("llama")
-    module.lm_head = _AllButTheFirstToken(module.lm_head)
+    module.lm_head = without_first_token(module.lm_head)
     lm = LanguageModel(module, max_tokens=64)
     with pytest.warns(SlowRouteWarning, match="one backward pass per text"):
         TextProducts(lm, _directions(module)).measure(lm.encode(make_token_texts(4, seed=3)))

@@ -254,24 +254,9 @@ def test_a_mixture_of_experts_is_labelled_as_one_backward_pass_per_text_does_it(
     np.testing.assert_allclose(labels.values, slow.values, rtol=1e-4, atol=1e-5 * np.abs(slow.values).max())
 
 
-def test_a_model_that_no_rule_covers_goes_the_plain_way_and_says_so(make_module, make_token_texts, targets):
+def test_a_model_that_no_rule_covers_goes_the_plain_way_and_says_so(make_module, make_token_texts, without_first_token, targets):
     lm, sample = _lm(make_module), make_token_texts(4, seed=2)
-    head = lm.module.lm_head
-
-    class FirstTokenLeftOut(torch.nn.Module):  # what the layer is given are no longer the tokens of the batch
-        def __init__(self):
-            super().__init__()
-            self.inner = head
-
-        @property
-        def weight(self):
-            return self.inner.weight
-
-        def forward(self, hidden):
-            flat = hidden.flatten(0, -2)
-            return torch.nn.functional.pad(self.inner(flat[1:]), (0, 0, 1, 0)).reshape(*hidden.shape[:-1], -1)
-
-    lm.module.lm_head = FirstTokenLeftOut()
+    lm.module.lm_head = without_first_token(lm.module.lm_head)
     with pytest.warns(SlowRouteWarning, match="one backward pass per text"):
         labels = oracle.label(lm, sample, targets, method="grad_dot")
     facts = labels.meta["facts"]

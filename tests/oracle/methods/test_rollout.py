@@ -110,6 +110,37 @@ def test_the_value_is_what_plain_training_runs_with_and_without_the_text_differ_
     assert labels.units == "nats per target token"
 
 
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_one_small_sgd_step_on_a_batch_that_is_clipped_together_tends_to_grad_dots_share_of_it(
+    max_grad_norm, lm, targets, companions, make_token_texts
+):
+    """The share is (clip factor / B) * the sum over the batch; unclipped, that is 1 / B * (text - companion)."""
+    sample, size, errors = make_token_texts(5, seed=1), 4, []
+    batch = _draw(companions, seed=0, index=0, num_steps=1, batch_size=size)[0][0]
+    for rate in (1e-3, 1e-4):
+        lm.optimizer = torch.optim.SGD(lm.module.parameters(), lr=rate)
+        options = {"companions": companions, "num_steps": 1, "batch_size": size, "max_grad_norm": max_grad_norm}
+        labels = oracle.label(lm, sample, targets, method="rollout", **options)
+        slopes = oracle.label(lm, [*batch, *sample], targets, method="grad_dot").take([*_ids(batch), *_ids(sample)]).values
+
+        def step(row, slope, slopes=slopes):
+            """First order of a step on the batch with this text in the place: (C,)."""
+            lm.module.zero_grad()
+            for text in [*batch[:-1], row]:
+                (_loss(lm.module, text)[0] / size).backward()
+            norm = float(torch.nn.utils.clip_grad_norm_(lm.module.parameters(), float("inf")))
+            factor = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / norm)
+            return factor * (slopes[: size - 1].sum(0) + slope) / size
+
+        base = step(batch[-1], slopes[size - 1])
+        expected = np.array([step(row, slope) for row, slope in zip(sample, slopes[size:], strict=True)]) - base
+        errors.append(np.abs(labels.values - expected).max() / np.abs(expected).max())
+        if max_grad_norm is None:
+            np.testing.assert_allclose(expected, (slopes[size:] - slopes[size - 1]) / size, atol=1e-6 * np.abs(expected).max())
+    assert errors[1] < 0.02
+    assert errors[1] < errors[0] / 4
+
+
 @pytest.mark.parametrize("text_loss", ["mean", "sum"])
 def test_one_step_of_one_text_is_one_step_minus_that_of_the_companion(text_loss, lm, targets, companions, make_token_texts):
     sample = make_token_texts(4, seed=1)

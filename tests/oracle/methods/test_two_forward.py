@@ -106,6 +106,35 @@ def test_dropout_is_off_and_frozen_weights_stay(make_lm, make_token_texts, targe
     assert lm.module.training
 
 
+@pytest.mark.parametrize("options", [{}, {"preconditioner": "none"}, {"text_loss": "sum"}], ids=str)
+def test_layers_are_those_of_grad_dot(options, make_lm, make_token_texts, targets):
+    lm, sample = make_lm("neox"), make_token_texts(12, seed=2)
+    before = lm.fingerprint()
+    labels, expected = _both(lm, sample, targets, layers=r"layers\.1\.|embed_out", **options)
+    assert _error(labels.values, expected.values) < 1e-3
+    whole = oracle.label(lm, sample, targets, method="two_forward", **options)
+    assert _error(labels.values, whole.values) > 0.01
+    assert labels.units == expected.units
+    facts = labels.meta["facts"]
+    assert facts["covered_parameters"] == expected.meta["facts"]["covered_parameters"] < facts["parameters"]
+    assert lm.fingerprint() == before and all(p.requires_grad for p in lm.module.parameters())
+
+
+def test_only_the_layers_asked_for_must_be_precise(make_module, make_token_texts, targets):
+    module = make_module("neox")
+    module.get_input_embeddings().to(torch.bfloat16).register_forward_hook(lambda module, args, output: output.float())
+    lm, sample = oracle.LanguageModel(module, max_tokens=64), make_token_texts(8, seed=2)
+    with pytest.raises(InputError, match=r"embed_in\.weight are bfloat16"):
+        oracle.label(lm, sample, targets, method="two_forward")
+    labels, expected = _both(lm, sample, targets, layers=r"layers\.")
+    assert _error(labels.values, expected.values) < 1e-3
+
+
+def test_a_pattern_that_finds_no_layer_is_refused(make_lm, make_token_texts, targets):
+    with pytest.raises(InputError, match="finds none"):
+        oracle.label(make_lm("neox"), make_token_texts(2, seed=2), targets, method="two_forward", layers="layer.7")
+
+
 # ---------------------------------------------------------------------- routing
 
 
