@@ -11,6 +11,7 @@ KINDS = {
     "encoders": "surrogate.features",
     "surrogates": "surrogate.models",
     "rules": "surrogate.rules",
+    "strategies": "surrogate.training.strategies",
 }
 
 

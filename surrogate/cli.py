@@ -10,11 +10,14 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from oracle.errors import InputError
+
+if TYPE_CHECKING:
+    from surrogate.oracle_stages import Measuring
 
 app = typer.Typer(
     add_completion=False,
@@ -35,45 +38,95 @@ EncoderOption = Annotated[
 SurrogateOption = Annotated[
     str | None, typer.Option("--surrogate", help="NAME or NAME:option=value,...; for score and select: which fitted one.")
 ]
+TargetOption = Annotated[
+    list[str] | None, typer.Option("--target", help="NAME=FILE of a target set (repeatable); not where a method has none.")
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Folder or hub name of the language model; not where a method needs none.")
+]
+MethodsOption = Annotated[str, typer.Option("--methods", help="NAME,NAME,... of oracle methods; see `surrogate methods`.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Longer texts are cut; 512 or the model's context by default.")]
+Precision = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random in this stage.")]
 
 
 @app.command()
 def label(
     run: RunFolder,
-    target: Annotated[
-        list[str] | None,
-        typer.Option("--target", help="NAME=FILE of a target set (repeatable); not where a method has none."),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="Folder or hub name of the language model; not where a method needs none."),
-    ] = None,
+    target: TargetOption = None,
+    model: ModelOption = None,
     pool: PoolOption = None,
     text_column: TextColumn = "text",
     method: Annotated[str, typer.Option(help="Oracle method; see `surrogate methods`.")] = "grad_dot",
     sample_size: Annotated[int, typer.Option(help="How many pool texts get a label.")] = 1000,
-    max_tokens: Annotated[int | None, typer.Option(help="Longer texts are cut; 512 or the model's context by default.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    max_tokens: MaxTokens = None,
+    dtype: Precision = "float32",
     option: Annotated[list[str] | None, typer.Option("--option", help="option=value of the method (repeatable).")] = None,
     seed: SeedOption = 0,
 ) -> None:
     """Measure the influence of a sample of the pool on the target sets."""
-    from surrogate.stages import label_stage
+    from surrogate.oracle_stages import label_stage
 
+    given = _measuring(target, model, pool=pool, text_column=text_column, max_tokens=max_tokens, dtype=dtype, seed=seed)
+    finish(label_stage(run, given, method=method, sample_size=sample_size, options=option or []))
+
+
+@app.command()
+def calibrate(
+    run: RunFolder,
+    target: TargetOption = None,
+    model: ModelOption = None,
+    pool: PoolOption = None,
+    text_column: TextColumn = "text",
+    methods: MethodsOption = "grad_dot",
+    num_texts: Annotated[int, typer.Option(help="How many pool texts are labelled with each method.")] = 96,
+    groups: Annotated[str | None, typer.Option(help="Column of the pool (its source) for agreement within groups.")] = None,
+    max_tokens: MaxTokens = None,
+    dtype: Precision = "float32",
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", help="option=value of one_step (repeatable), such as max_grad_norm=1.0 or max_target_texts=64."),
+    ] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Measure how far cheap methods agree with real optimiser steps at this checkpoint."""
+    from surrogate.oracle_stages import calibrate_stage
+
+    given = _measuring(target, model, pool=pool, text_column=text_column, max_tokens=max_tokens, dtype=dtype, seed=seed)
+    finish(calibrate_stage(run, given, methods=methods, num_texts=num_texts, groups=groups, options=option or []))
+
+
+@app.command()
+def judge(
+    run: RunFolder,
+    target: TargetOption = None,
+    model: ModelOption = None,
+    pool: PoolOption = None,
+    text_column: TextColumn = "text",
+    methods: MethodsOption = "grad_dot",
+    num_texts: Annotated[int, typer.Option(help="How many pool texts are labelled and retrained on.")] = 96,
+    subsets: Annotated[int, typer.Option(help="Models retrained on random halves of them; 0 leaves that judge out.")] = 16,
+    share: Annotated[float, typer.Option(help="Top and bottom share that is removed and added; 0 leaves that out.")] = 0.2,
+    seeds: Annotated[int, typer.Option(help="Models per subset and share, each with another order of the texts.")] = 1,
+    target_texts: Annotated[int, typer.Option(help="Measure on at most so many texts of each target set.")] = 64,
+    max_tokens: MaxTokens = None,
+    dtype: Precision = "float32",
+    seed: SeedOption = 0,
+) -> None:
+    """Judge labels by models that are retrained on parts of the labelled texts."""
+    from surrogate.oracle_stages import judge_stage
+
+    given = _measuring(target, model, pool=pool, text_column=text_column, max_tokens=max_tokens, dtype=dtype, seed=seed)
     finish(
-        label_stage(
+        judge_stage(
             run,
-            target or [],
-            model=model,
-            pool=pool,
-            text_column=text_column,
-            method=method,
-            sample_size=sample_size,
-            max_tokens=max_tokens,
-            dtype=dtype,
-            options=option or [],
-            seed=seed,
+            given,
+            methods=methods,
+            num_texts=num_texts,
+            num_subsets=subsets,
+            share=share,
+            num_seeds=seeds,
+            target_texts=target_texts,
         )
     )
 
@@ -161,6 +214,43 @@ def demo(
     from surrogate.demo import run_demo
 
     finish(run_demo(run, size=size, seed=seed))
+
+
+def _measuring(target: list[str] | None, model: str | None, **more: Any) -> Measuring:
+    from surrogate.oracle_stages import Measuring
+
+    return Measuring(targets=target or [], model=model, **more)
+
+
+@app.command()
+def plan(
+    training_tokens: Annotated[float, typer.Option(help="Tokens to train on in all: steps x texts per step x tokens per text.")],
+    model: Annotated[str | None, typer.Option("--model", help="Folder or hub name of a model; its config is read.")] = None,
+    parameters: Annotated[float | None, typer.Option(help="In place of --model, its parameters, such as 1e9.")] = None,
+    pool: PoolOption = None,
+    text_column: TextColumn = "text",
+    pool_texts: Annotated[int | None, typer.Option(help="In place of --pool, how many texts it has.")] = None,
+    text_tokens: Annotated[float | None, typer.Option(help="In place of --pool, mean tokens of a text after cutting.")] = None,
+    target: TargetOption = None,
+    target_tokens: Annotated[float | None, typer.Option(help="In place of --target, tokens of all target sets together.")] = None,
+    num_targets: Annotated[int | None, typer.Option(help="In place of --target, how many target sets.")] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds of the training; a refresh comes at the beginning of one.")] = 8,
+    proxy: Annotated[str | None, typer.Option(help="Folder, hub name or parameters of a smaller model for features.")] = None,
+    method: Annotated[str | None, typer.Option(help="Oracle method; chosen by its cost if none is named.")] = None,
+    prefer: Annotated[str, typer.Option(help="What is bought first: labels (and refreshes) or features.")] = "labels",
+    max_tokens: MaxTokens = None,
+    flops_per_second: Annotated[float | None, typer.Option(help="Speed of training; without it time is not planned.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Time 64 texts through encoders and model now.")] = False,
+    max_overhead: Annotated[float, typer.Option(help="Most that selecting may cost, as a share of training.")] = 0.1,
+) -> None:
+    """Choose oracle, sample size, refreshes and features that keep --max-overhead, before anything is spent."""
+    from surrogate.plan_command import plan_stage
+
+    sizes = {"training_tokens": training_tokens, "num_pool_texts": pool_texts, "text_tokens": text_tokens, "num_rounds": rounds}
+    sizes |= {"target_tokens": target_tokens, "num_targets": num_targets, "training_flops_per_second": flops_per_second}
+    options = {"method": method, "prefer": prefer, "max_tokens": max_tokens, "measure": measure, "max_overhead": max_overhead}
+    texts: dict[str, Any] = {"pool": pool, "text_column": text_column, "targets": target or []}
+    finish(plan_stage(model=model, parameters=parameters, proxy=proxy, **texts, numbers=sizes, options=options))
 
 
 def finish(result: dict[str, Any]) -> None:

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from oracle.artifacts import atomic_folder, provenance, read_json, require_same, write_json
-from oracle.comparison import agreement, noise_ceiling
+from oracle.comparison import MIN_GROUP, TargetAgreement, agreement, noise_ceiling
 from oracle.errors import check_choice
 from oracle.labels import Labels
 from oracle.language_model import LanguageModel
+from oracle.tables import figure
 from oracle.target_columns import prepare_targets
 from oracle.targets import read_targets, split_halves
 from oracle.texts import write_texts
@@ -111,7 +112,7 @@ def run_demo(folder: Path, *, size: str = "full", seed: int = 0) -> dict[str, An
     targets = _build_pool(run, demo, seed=seed)
     lm = _warmed_up(run, demo, seed=seed)
     labels, steps = _label(run, lm, targets["labelling"], demo=demo, seed=seed)
-    step_agreement = agreement(steps, labels)[TARGET]
+    found = _agreement(run, steps, labels)
     fidelity = _fit(run, lm)
     selection = run.select(Budget(fraction=0.2), lm=lm)
     _say(f"selected {selection.num_texts} texts of {len(run.pool())} ({selection.num_tokens} tokens): {_kinds(run, selection)}")
@@ -120,7 +121,7 @@ def run_demo(folder: Path, *, size: str = "full", seed: int = 0) -> dict[str, An
         for name, text_ids in (("random", None), ("selected", selection.text_ids))
     }
     summary = _summary(run, labels, steps=steps, fidelity=fidelity, curves=curves, demo=demo)
-    summary["agreement_with_one_step"] = step_agreement.spearman
+    summary |= {"agreement_with_one_step": found.spearman, "agreement_with_one_step_within_kinds": found.spearman_within}
     _plot(run, labels, curves)
     write_json(folder / "report.json", summary)
     _say(_comparison(summary))
@@ -189,12 +190,18 @@ def _label(run: Run, lm: LanguageModel, targets: Mapping[str, str], *, demo: Dem
     steps = run.label(
         lm, targets, sample_size=demo.num_one_step, method="one_step", name="one_step_labels", block_size=4, **options
     )
-    found = agreement(steps, labels)[TARGET]
+    found = _agreement(run, steps, labels)
     _say(
-        f"grad_dot and one_step agree on {found.num_texts} texts: Spearman {found.spearman:.3f}; noise ceiling of the labels "
+        f"grad_dot and one_step agree on {found.num_texts} texts: Spearman {found.spearman:.3f}, within kinds "
+        f"{figure(found.spearman_within)} (of {MIN_GROUP} or more of these texts); noise ceiling of the labels "
         f"{noise_ceiling(labels)[TARGET]:.3f}"
     )
     return labels, steps
+
+
+def _agreement(run: Run, steps: Labels, labels: Labels) -> TargetAgreement:
+    """Agreement of grad_dot with one_step, over all texts that have both and within their kinds."""
+    return agreement(steps, labels, groups=list(run.texts(steps.text_ids)["kind"]))[TARGET]
 
 
 def _fit(run: Run, lm: LanguageModel) -> dict[str, Any]:

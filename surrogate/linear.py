@@ -3,7 +3,8 @@
 One eigendecomposition serves every penalty and every target, and the predictions for left-out texts follow
 from it without refitting. Near-duplicate texts are left out together. That shortcut holds only where nothing
 else was learned from the labels: features weighed by their relevance to the labels are refitted fold by fold
-instead. The ridge surrogate is this; the network's linear path is this too.
+instead. The ridge surrogate is this; the network's linear path is this too. A text of weight w counts as w texts:
+centred features and labels are multiplied by the root of w, and the same algebra holds.
 
 Paper: Hoerl and Kennard 1970 (ridge); Allen 1974 (PRESS, leave-one-out from the hat matrix); Ambroise and
 McLachlan 2002 (choosing features outside the folds makes held-out errors far too small).
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from surrogate.scaling import FeatureScaler
+from surrogate.scaling import FeatureScaler, weighted_mean
 from surrogate.splits import grouped_folds
 
 NUM_FOLDS = 5
@@ -41,7 +42,10 @@ class RidgeFit:
 
 @dataclass(frozen=True)
 class _Eigenbasis:
-    """Eigenvectors of the smaller Gram matrix of centred features (S, D): of the texts (S, R) or of the columns (D, R)."""
+    """Eigenvectors of the smaller Gram matrix of centred features (S, D): of the texts (S, R) or of the columns (D, R).
+
+    Features and labels are centred, and multiplied by the root of each text's weight.
+    """
 
     x_centred: NDArray[np.float64]
     vectors: NDArray[np.float64]
@@ -69,60 +73,87 @@ class _Eigenbasis:
 
 
 @dataclass(frozen=True)
+class _Centred:
+    """Means of features (D,) and labels (C,), and what the algebra works on: minus the means, times the root of the weights.
+
+    Shapes: root (S, 1), y (S, C).
+    """
+
+    x_mean: NDArray[np.float64]
+    y_mean: NDArray[np.float64]
+    root: NDArray[np.float64]
+    y: NDArray[np.float64]
+    basis: _Eigenbasis
+
+    @classmethod
+    def of(cls, x: NDArray, y: NDArray, sample_weight: NDArray[np.float64] | None) -> _Centred:
+        root = np.ones((len(y), 1)) if sample_weight is None else np.sqrt(sample_weight)[:, None]
+        x_mean, y_mean = weighted_mean(x, sample_weight), weighted_mean(y, sample_weight)
+        return cls(x_mean, y_mean, root, (y - y_mean) * root, _eigenbasis((x - x_mean) * root))
+
+
+@dataclass(frozen=True)
 class _LeaveOut:
     """Left singular vectors (S, R) of centred features, eigenvalues (R,), and what is left out together."""
 
+    shares: NDArray[np.float64]  # (S,), each text's part in the sum of weights: its leverage on the intercept
     vectors: NDArray[np.float64]
     eigenvalues: NDArray[np.float64]
     group_rows: list[NDArray[np.intp]]  # only groups of at least two texts
 
     @classmethod
-    def of(cls, basis: _Eigenbasis, groups: NDArray[np.integer]) -> _LeaveOut:
+    def of(cls, basis: _Eigenbasis, groups: NDArray[np.integer], shares: NDArray[np.float64]) -> _LeaveOut:
         vectors = basis.vectors
         if not basis.is_of_texts:
             vectors = basis.coordinates(basis.x_centred) / np.sqrt(basis.eigenvalues)
         numbers, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
         group_rows = [np.flatnonzero(inverse == number) for number in range(len(numbers)) if counts[number] > 1]
-        return cls(vectors, basis.eigenvalues, group_rows)
+        return cls(shares, vectors, basis.eigenvalues, group_rows)
 
     def held_out_errors(self, y: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:
         """Return label minus prediction (S, C) of a ridge that was fitted without the text's group."""
-        num_texts = len(y)
         shrink = self.eigenvalues / (self.eigenvalues + alpha)  # (R,)
         errors = y - self.vectors @ (shrink[:, None] * (self.vectors.T @ y))  # (S, C)
-        leverage = 1.0 / num_texts + np.square(self.vectors) @ shrink  # (S,), the first part is the intercept's
+        leverage = self.shares + np.square(self.vectors) @ shrink  # (S,), the first part is the intercept's
         held_out = errors / (1.0 - leverage)[:, None]
         for rows in self.group_rows:
             vectors = self.vectors[rows]
-            hat = 1.0 / num_texts + (vectors * shrink) @ vectors.T
+            hat = np.sqrt(np.outer(self.shares[rows], self.shares[rows])) + (vectors * shrink) @ vectors.T
             held_out[rows] = np.linalg.solve(np.eye(len(rows)) - hat, errors[rows])
         return held_out
 
 
-def fit_ridge(x: NDArray, y: NDArray, *, groups: NDArray[np.integer], alpha: float | None = None) -> RidgeFit:
-    """Fit `y = x @ weights + intercept` with penalty `alpha * |weights|^2` on the sum of squared errors.
+def fit_ridge(
+    x: NDArray,
+    y: NDArray,
+    *,
+    groups: NDArray[np.integer],
+    alpha: float | None = None,
+    sample_weight: NDArray[np.float64] | None = None,
+) -> RidgeFit:
+    """Fit `y = x @ weights + intercept` with penalty `alpha * |weights|^2` on the (weighted) sum of squared errors.
 
     Args:
         x: Features (S, D), on comparable scales.
         y: Labels (S, C).
         groups: (S,) texts with the same number are left out together; at least two different numbers.
         alpha: The penalty; None chooses it for each target by the squared error on left-out groups.
+        sample_weight: (S,) positive; as how many texts each text counts. None: as one.
     """
-    x_mean, y_mean = x.mean(axis=0, dtype=np.float64), y.mean(axis=0, dtype=np.float64)
-    y_centred = y - y_mean
-    basis = _eigenbasis(x - x_mean)
-    leave_out = _LeaveOut.of(basis, groups)
+    centred = _Centred.of(x, y, sample_weight)
+    counts = np.ones(len(y)) if sample_weight is None else sample_weight
+    leave_out = _LeaveOut.of(centred.basis, groups, counts / counts.sum())
     best_error = np.full(y.shape[1], np.inf)
     alphas, held_out = np.zeros(y.shape[1]), np.zeros(y.shape)
-    for candidate in basis.penalties(alpha):  # from strong to weak, so that a tie keeps the strong one
-        errors = leave_out.held_out_errors(y_centred, candidate)
+    for candidate in centred.basis.penalties(alpha):  # from strong to weak, so that a tie keeps the strong one
+        errors = leave_out.held_out_errors(centred.y, candidate)
         mean_error = np.square(errors).mean(axis=0)
         better = mean_error < best_error
         best_error = np.where(better, mean_error, best_error)
         alphas[better] = candidate
-        held_out[:, better] = y[:, better] - errors[:, better]
-    weights = basis.weights(y_centred, alphas)
-    return RidgeFit(weights, y_mean - x_mean @ weights, alphas, held_out)
+        held_out[:, better] = y[:, better] - errors[:, better] / centred.root
+    weights = centred.basis.weights(centred.y, alphas)
+    return RidgeFit(weights, centred.y_mean - centred.x_mean @ weights, alphas, held_out)
 
 
 def fit_scaled_ridge(
@@ -133,6 +164,7 @@ def fit_scaled_ridge(
     keys: Sequence[str],
     weigh_features: bool,
     alpha: float | None = None,
+    sample_weight: NDArray[np.float64] | None = None,
 ) -> tuple[FeatureScaler, RidgeFit]:
     """Scale features and fit a ridge regression on them, with predictions for texts that neither step saw.
 
@@ -147,39 +179,47 @@ def fit_scaled_ridge(
         keys: S content keys, which decide the folds.
         weigh_features: Multiply each column by its relevance to the labels.
         alpha: The penalty; None chooses it for each target by the squared error on left-out texts.
+        sample_weight: (S,) positive; as how many texts each text counts. None: as one.
 
     Returns:
         The scaler of all texts, and the regression for features that it transformed.
     """
-    scaler = FeatureScaler().fit(features, y if weigh_features else None)
+    scaler = FeatureScaler().fit(features, y if weigh_features else None, weights=sample_weight)
     x = scaler.transform(features)
     if not weigh_features:
-        return scaler, fit_ridge(x, y, groups=groups, alpha=alpha)
+        return scaler, fit_ridge(x, y, groups=groups, alpha=alpha, sample_weight=sample_weight)
     num_folds = min(NUM_FOLDS, len(np.unique(groups)))
     folds = grouped_folds(groups, num_folds=num_folds, seed=FOLD_SEED, keys=keys)
-    candidates = _cross_predict(features, y, folds=folds, alpha=alpha)  # (S, G, C)
-    best = np.square(candidates - y[:, None]).mean(axis=0).argmin(axis=0)  # (C,), the strongest of equal ones
+    candidates = _cross_predict(features, y, folds=folds, alpha=alpha, sample_weight=sample_weight)  # (S, G, C)
+    errors = weighted_mean(np.square(candidates - y[:, None]), sample_weight)  # (G, C)
+    best = errors.argmin(axis=0)  # (C,), the strongest of equal ones
     held_out = np.take_along_axis(candidates, best[None, None, :], axis=1)[:, 0]  # (S, C)
-    x_mean, y_mean = x.mean(axis=0, dtype=np.float64), y.mean(axis=0, dtype=np.float64)
-    basis = _eigenbasis(x - x_mean)
-    alphas = basis.penalties(alpha)[best]
-    weights = basis.weights(y - y_mean, alphas)
-    return scaler, RidgeFit(weights, y_mean - x_mean @ weights, alphas, held_out)
+    centred = _Centred.of(x, y, sample_weight)
+    alphas = centred.basis.penalties(alpha)[best]
+    weights = centred.basis.weights(centred.y, alphas)
+    return scaler, RidgeFit(weights, centred.y_mean - centred.x_mean @ weights, alphas, held_out)
 
 
-def _cross_predict(features: NDArray, y: NDArray, *, folds: NDArray[np.int64], alpha: float | None) -> NDArray[np.float64]:
+def _cross_predict(
+    features: NDArray,
+    y: NDArray,
+    *,
+    folds: NDArray[np.int64],
+    alpha: float | None,
+    sample_weight: NDArray[np.float64] | None,
+) -> NDArray[np.float64]:
     """Return predictions (S, G, C) with each of G penalties, from scalers and regressions without the text's fold."""
     num_penalties = len(RELATIVE_ALPHAS) if alpha is None else 1
     predictions = np.zeros((len(y), num_penalties, y.shape[1]))
     for fold in np.unique(folds):
         out = folds == fold
-        scaler = FeatureScaler().fit(features[~out], y[~out])
-        x = scaler.transform(features[~out])
-        x_mean, y_mean = x.mean(axis=0, dtype=np.float64), y[~out].mean(axis=0, dtype=np.float64)
-        basis = _eigenbasis(x - x_mean)
-        shrunk = basis.project(y[~out] - y_mean)[:, None] / (basis.eigenvalues[:, None] + basis.penalties(alpha))[:, :, None]
-        coordinates = basis.coordinates(scaler.transform(features[out]) - x_mean)  # (B, R)
-        predictions[out] = y_mean + np.tensordot(coordinates, shrunk, axes=1)  # (B, G, C)
+        weights = None if sample_weight is None else sample_weight[~out]
+        scaler = FeatureScaler().fit(features[~out], y[~out], weights=weights)
+        centred = _Centred.of(scaler.transform(features[~out]), y[~out], weights)
+        basis = centred.basis
+        shrunk = basis.project(centred.y)[:, None] / (basis.eigenvalues[:, None] + basis.penalties(alpha))[:, :, None]
+        coordinates = basis.coordinates(scaler.transform(features[out]) - centred.x_mean)  # (B, R)
+        predictions[out] = centred.y_mean + np.tensordot(coordinates, shrunk, axes=1)  # (B, G, C)
     return predictions
 
 

@@ -4,7 +4,8 @@ Every stage writes its result atomically beside what it was made from, can be ru
 nothing if its result is there already; killed in the middle it continues. What each stage cost is kept in
 `cost.json`.
 
-    run.json  pool.parquet  targets/  labels/  features/  predictors/<surrogate>/  scores/<surrogate>.parquet  selection/
+    run.json  pool.parquet  cost.json  targets/  labels/  features/  predictors/<surrogate>/
+    scores/<surrogate>.parquet  selection/
 """
 
 from __future__ import annotations
@@ -16,95 +17,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from oracle import plugins
-from oracle.artifacts import fingerprint, provenance, read_json, require_same, timed, write_json
-from oracle.errors import InputError, MismatchError, MissingFileError, check_at_least
+from oracle.artifacts import fingerprint, provenance, read_json, timed, write_json
+from oracle.errors import MismatchError, MissingFileError
 from oracle.labels import Labels
 from oracle.targets import read_targets
-from oracle.texts import list_text_ids, read_report, read_texts, text_format, write_texts
+from oracle.texts import list_text_ids, text_format, write_texts
+from surrogate.option_strings import parse_plugin
 from surrogate.predictor import ENCODERS, InfluencePredictor
+from surrogate.run_folder import RunFolder
 from surrogate.scores import Scores
 from surrogate.selection import Budget, Selection, select
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from oracle.language_model import LanguageModel
 
 DEFAULT_ENCODERS = ("hashed_ngrams", "text_stats")
 
 
-class Run:
+class Run(RunFolder):
     """A run folder and its stages.
 
     Args:
         folder: Where everything is kept; made when first written to.
     """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self._pool: Dataset | None = None
-
-    # ------------------------------------------------------------------ pool and settings
-
-    def set_pool(self, source: Any, **reading: Any) -> dict[str, Any]:
-        """Read the pool once and keep it; a pool given again must have the same texts.
-
-        Args:
-            source: Anything `oracle.read_texts` takes.
-            **reading: Its options.
-
-        Raises:
-            MismatchError: The run already has another pool.
-        """
-        texts = read_texts(source, **reading)
-        report = read_report(texts)
-        identity = {"texts": fingerprint(sorted(list_text_ids(texts))), "num_texts": len(texts)}
-        settings = self.settings()
-        if "pool" in settings:
-            require_same(settings["pool"], identity, where=self.folder)
-        else:
-            write_texts(texts, self.folder / "pool.parquet")
-            self._remember(pool=identity, rejected=report.rejected)
-        return {"num_texts": len(texts), "num_read": report.num_read, "rejected": report.rejected}
-
-    def pool(self) -> Dataset:
-        """Return the pool.
-
-        Raises:
-            MissingFileError: No stage was given a pool yet.
-        """
-        if self._pool is None:
-            if "pool" not in self.settings():
-                raise MissingFileError(
-                    f"the run {self.folder} has no pool yet.",
-                    "a run folder whose first stage was given --pool",
-                    "name the pool: --pool texts.jsonl.",
-                )
-            self._pool = read_texts(str(self.folder / "pool.parquet"))
-        return self._pool
-
-    def settings(self) -> dict[str, Any]:
-        """Return what the run remembers: pool, model, targets."""
-        path = self.folder / "run.json"
-        return read_json(path) if path.exists() else {}
-
-    def sample(self, size: int, *, seed: int = 0) -> Dataset:
-        """Return `size` texts of the pool, chosen by content and seed; a larger sample contains a smaller one.
-
-        Raises:
-            InputError: The pool is smaller.
-        """
-        pool = self.pool()
-        check_at_least("sample_size", size, 1)
-        if size > len(pool):
-            raise InputError(
-                f"sample_size={size}, and the pool has {len(pool)} texts.", f"at most {len(pool)}", "label fewer texts."
-            )
-        ids = list_text_ids(pool)
-        order = sorted(range(len(pool)), key=lambda row: fingerprint([seed, ids[row]]))
-        return pool.select(order[:size])
-
-    # ------------------------------------------------------------------ stages
 
     def label(
         self,
@@ -145,7 +80,7 @@ class Run:
             measured_on = [] if targets is None else read_targets(targets, max_texts=options.get("max_target_texts"), seed=seed)
             for target in measured_on:
                 write_texts(target.texts, self._target_path(target.name))
-            self._remember(**_describe_model(lm, model_path), targets=[target.name for target in measured_on])
+            self.remember(**_describe_model(lm, model_path), targets=[target.name for target in measured_on])
         return labels
 
     def _target_path(self, name: str) -> Path:
@@ -299,19 +234,7 @@ class Run:
         write_texts(self.texts(selection.text_ids), self.folder / "selection" / "texts.parquet")
         return selection
 
-    def texts(self, text_ids: Sequence[str]) -> Dataset:
-        """Return texts of the pool by id, in this order."""
-        rows = {text_id: row for row, text_id in enumerate(list_text_ids(self.pool()))}
-        return self.pool().select([rows[text_id] for text_id in text_ids])
-
     # ------------------------------------------------------------------ cost
-
-    def set_cost(self, stage: str, *, seconds: float, flops: float, num_texts: int | None = None) -> None:
-        """Write what a stage's present result has cost; writing it again changes nothing."""
-        entry: dict[str, float] = {"seconds": round(seconds, 3), "flops": flops}
-        if num_texts is not None:
-            entry["num_texts"] = num_texts
-        write_json(self.folder / "cost.json", {**self.costs(), stage: entry})
 
     def _count_features(self, predictor: InfluencePredictor) -> dict[str, float]:
         """Write what the cached features have cost over all processes that worked on them, as the cache counted it."""
@@ -320,14 +243,6 @@ class Run:
         for stage, cost in stages.items():
             self.set_cost(stage, seconds=cost["seconds"], flops=cost["flops"], num_texts=int(cost["num_encoded"]))
         return {unit: sum(cost[unit] for cost in stages.values()) for unit in ("seconds", "flops")}
-
-    def costs(self) -> dict[str, dict[str, float]]:
-        """Return seconds and FLOPs by stage."""
-        path = self.folder / "cost.json"
-        return read_json(path) if path.exists() else {}
-
-    def _remember(self, **entries: Any) -> None:
-        write_json(self.folder / "run.json", {**self.settings(), **entries})
 
     def _num_tokens(self, lm: LanguageModel | None) -> list[int] | None:
         """Count tokens, as training would see them (cut at max_tokens), where there is something to count them with."""
@@ -357,36 +272,6 @@ def _describe_model(lm: LanguageModel | None, path: str | None) -> dict[str, Any
     where = str(Path(path).resolve()) if path and Path(path).is_dir() else path
     dtype = str(next(lm.module.parameters()).dtype).removeprefix("torch.")
     return {"model": where, "max_tokens": lm.max_tokens, "dtype": dtype}
-
-
-def parse_plugin(given: str) -> tuple[str, dict[str, Any]]:
-    """Split `name:option=value,option=value` into a name and options; values are read as JSON where they are JSON.
-
-    Raises:
-        InputError: A part has no `=`.
-    """
-    name, _, rest = given.partition(":")
-    return name, parse_options(rest.split(",") if rest else [])
-
-
-def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Read `option=value` pairs.
-
-    Raises:
-        InputError: A pair has no `=`.
-    """
-    import json
-
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise InputError(f"the option {pair!r} cannot be read.", "option=value", "write for example max_grad_norm=1.0.")
-        try:
-            options[key.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            options[key.strip()] = value
-    return options
 
 
 def _fingerprint_of(labels: Labels) -> str:

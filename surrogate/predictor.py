@@ -2,7 +2,8 @@
 
 Fitting first predicts every labelled text by a surrogate that saw neither it nor a near-duplicate of it
 (cross-fitting), and measures fidelity on those predictions, beside ridge regression, a constant and the
-labels' noise ceiling; then it fits the surrogate that is kept on all labels.
+labels' noise ceiling; then it fits the surrogate that is kept on all labels. A refresh may bring labels of earlier
+checkpoints along and start from the predictor before.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from oracle import plugins
 from oracle.artifacts import atomic_folder, provenance, read_json, timed, write_json
@@ -19,18 +21,21 @@ from oracle.comparison import noise_ceiling
 from oracle.errors import InputError, InputTypeError, MismatchError, MissingFileError, check_at_least
 from oracle.labels import Labels
 from oracle.texts import list_text_ids, plain_strings, read_texts, text_format
+from surrogate.encoder_identity import ENCODERS as ENCODERS
+from surrogate.encoder_identity import as_options, check_checkpoint, check_same_features, load_encoders, save_encoders
 from surrogate.feature_cache import Encoder, FeatureCache, encode_all
-from surrogate.fidelity import Fidelity, cross_predict, measure_fidelity
+from surrogate.fidelity import Fidelity, measure_fidelity
+from surrogate.labelled_rows import LabelledRows, check_older
 from surrogate.models import Surrogate
 from surrogate.scores import Scores
-from surrogate.splits import grouped_folds, near_duplicate_groups
+from surrogate.splits import near_duplicate_groups
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from oracle.language_model import LanguageModel
 
-ENCODERS, SURROGATES = "surrogate.features", "surrogate.models"
+SURROGATES = "surrogate.models"
 ROWS_PER_BLOCK = 16_384  # texts whose features are in memory at the same time
 PREDICTOR_FILE = "predictor.json"
 HELD_OUT_FILE = "held_out.parquet"
@@ -51,6 +56,7 @@ class InfluencePredictor:
         fidelity_: Its held-out fidelity, per target.
         held_out_: The held-out scores of the labelled texts that the fidelity was measured on.
         target_names_: C target names, in column order.
+        fitted_text_ids_: The texts whose labels went into the surrogate, also by way of the one that it started from.
         cost_: Seconds and counted FLOPs of features, fitting and cross-fitting so far.
 
     Example:
@@ -62,6 +68,7 @@ class InfluencePredictor:
     fidelity_: Fidelity
     held_out_: Scores
     target_names_: list[str]
+    fitted_text_ids_: list[str]
 
     def __init__(
         self,
@@ -97,7 +104,16 @@ class InfluencePredictor:
         return features
 
     def fit(
-        self, sample: Any, labels: Labels, *, sources: Sequence[str] | None = None, allow_stale: bool = False
+        self,
+        sample: Any,
+        labels: Labels,
+        *,
+        sources: Sequence[str] | None = None,
+        allow_stale: bool = False,
+        sample_weight: ArrayLike | None = None,
+        older: Sequence[tuple[Labels, float]] = (),
+        judged: Sequence[str] | None = None,
+        warm_start: InfluencePredictor | None = None,
     ) -> InfluencePredictor:
         """Fit on labelled texts and measure held-out fidelity.
 
@@ -106,43 +122,62 @@ class InfluencePredictor:
             labels: Their labels, joined by text_id.
             sources: Where each text of `sample` comes from; None takes its column `source`, if it has one.
             allow_stale: Accept labels that were measured at another checkpoint of the model whose features are used.
+            sample_weight: How much each row of `labels` counts, in its order; 0 leaves it out of fitting.
+            older: Labels of earlier checkpoints, of texts of `sample`, and the weight of each such set's rows. They are put
+                on the scale of the new labels, help to fit, and are never judged by.
+            judged: Ids of newly labelled texts that fidelity is measured on, for example those of a sample that were
+                drawn at random; the others only help to fit. None judges by all.
+            warm_start: An earlier predictor with the same encoders, targets and surrogate, whose surrogate this one goes on
+                from. It was fitted on none of the judged texts; their near-duplicates are not looked for among its texts.
 
         Returns:
             self.
 
         Raises:
-            MismatchError: The labels are of other texts, or of another checkpoint of the model behind `model_state` features.
-            InputError: Too few labelled texts.
+            MismatchError: The labels are of other texts or targets, or of another checkpoint of the model behind
+                `model_state` features.
+            InputError: Too few labelled texts, a weight that cannot be used, or judged texts that `warm_start` was fitted on.
         """
         texts = read_texts(sample)
         if not allow_stale:
-            _check_checkpoint(self.encoders, labels)
+            check_checkpoint(self.encoders, labels)
         if sources is not None and len(sources) != len(texts):
             raise InputError(
                 f"{len(sources)} sources for {len(texts)} texts.", "one source per text", "give one for each row of the sample."
             )
-        labelled = set(labels.text_ids)
-        rows = [row for row, text_id in enumerate(list_text_ids(texts)) if text_id in labelled]
-        if not rows:
+        all_ids = list_text_ids(texts)
+        if not set(labels.text_ids) & set(all_ids):
             raise MismatchError(
                 f"none of the {len(texts)} texts is among the {len(labels)} labelled ones.",
                 "the texts that the labels were made for",
                 "pass the sample that was given to oracle.label.",
             )
+        check_older(older, labels, all_ids)
         if sources is None and "source" in texts.column_names:
             sources = [str(source) for source in texts["source"]]
-        texts = texts.select(rows)
-        ids = list_text_ids(texts)
-        labels = labels.take(ids)
+        source_of = None if sources is None else dict(zip(all_ids, sources, strict=True))
+        labelled = set(labels.text_ids).union(*(old.text_ids for old, _ in older))
+        texts = texts.select([place for place, text_id in enumerate(all_ids) if text_id in labelled])
+        rows = LabelledRows.join(
+            list_text_ids(texts),
+            labels,
+            groups=near_duplicate_groups(strings_of(texts)),
+            older=older,
+            sample_weight=sample_weight,
+            judged=judged,
+        )
+        fitted = {rows.text_ids[place] for place in rows.places}
+        earlier = None
+        if warm_start is not None:
+            earlier = self._surrogate_to_start_from(warm_start, rows.judged_labels)
+            fitted.update(warm_start.fitted_text_ids_)
         features = self.features(texts)
-        groups = near_duplicate_groups(strings_of(texts))
-        self.target_names_, self.units_ = list(labels.target_names), labels.units
+        self.target_names_, self.units_, self.fitted_text_ids_ = list(labels.target_names), labels.units, sorted(fitted)
+        judged_sources = None if source_of is None else [source_of[text_id] for text_id in rows.judged_labels.text_ids]
         with timed(lambda seconds: self._add("crossfit_seconds", seconds)):
-            self.fidelity_ = self._cross_fit(
-                features, labels, groups=groups, sources=None if sources is None else [sources[row] for row in rows]
-            )
+            self.fidelity_ = self._cross_fit(rows, features, sources=judged_sources, warm_start=earlier)
         with timed(lambda seconds: self._add("fit_seconds", seconds)):
-            self.surrogate_ = self._new_surrogate().fit(features, labels.values, groups=groups)
+            self.surrogate_ = rows.fit(self._new_surrogate(), features, warm_start=earlier)
         return self
 
     def predict(self, texts: Any) -> Scores:
@@ -170,22 +205,17 @@ class InfluencePredictor:
         with atomic_folder(Path(folder)) as partial:
             self.surrogate_.save(partial / "surrogate")
             self.held_out_.save(partial / HELD_OUT_FILE)
-            encoders = []
-            for number, encoder in enumerate(self.encoders):
-                if hasattr(encoder, "save_state"):
-                    encoder.save_state(partial / f"encoder-{number}")
-                options = encoder.saved_options() if hasattr(encoder, "saved_options") else plugins.options_of(encoder)
-                encoders.append({"name": encoder.plugin_name, "options": options, "fingerprint": encoder.fingerprint()})
             write_json(
                 partial / PREDICTOR_FILE,
                 {
-                    "encoders": encoders,
+                    "encoders": save_encoders(self.encoders, partial),
                     "surrogate": self.surrogate_name,
                     "options": self.surrogate_options,
                     "num_folds": self.num_folds,
                     "seed": self.seed,
                     "target_names": self.target_names_,
                     "units": self.units_,
+                    "fitted_text_ids": self.fitted_text_ids_,
                     "fidelity": self.fidelity_.as_dict(),
                     "cost": self.cost_,
                     "provenance": provenance(),
@@ -215,33 +245,57 @@ class InfluencePredictor:
                 "check the path, or fit first.",
             )
         stored = read_json(folder / PREDICTOR_FILE)
-        encoders = [_load_encoder(entry, folder / f"encoder-{number}", lm=lm) for number, entry in enumerate(stored["encoders"])]
+        encoders = load_encoders(stored["encoders"], folder, lm=lm)
         surrogate = plugins.load(SURROGATES, stored["surrogate"])
         predictor = cls(
-            encoders, surrogate(**_as_options(stored["options"])), cache=cache, num_folds=stored["num_folds"], seed=stored["seed"]
+            encoders, surrogate(**as_options(stored["options"])), cache=cache, num_folds=stored["num_folds"], seed=stored["seed"]
         )
         predictor.surrogate_ = surrogate.load(folder / "surrogate")  # type: ignore[attr-defined]
         predictor.held_out_ = Scores.load(folder / HELD_OUT_FILE)
         predictor.target_names_, predictor.units_ = stored["target_names"], stored["units"]
+        predictor.fitted_text_ids_ = stored["fitted_text_ids"]
         predictor.fidelity_, predictor.cost_ = Fidelity.from_dict(stored["fidelity"]), stored["cost"]
         return predictor
 
-    def _cross_fit(self, features: np.ndarray, labels: Labels, *, groups: np.ndarray, sources: list[str] | None) -> Fidelity:
-        folds = grouped_folds(groups, num_folds=self.num_folds, seed=self.seed, keys=labels.text_ids)
-        options: dict[str, Any] = {"target_names": labels.target_names, "sources": sources, "seed": self.seed}
-        scores, means = cross_predict(self._new_surrogate, features, labels.values, folds=folds, groups=groups)
+    def _surrogate_to_start_from(self, earlier: InfluencePredictor, judged: Labels) -> Surrogate:
+        """Return the surrogate of an earlier predictor, if held-out figures stay honest with it."""
+        if not hasattr(earlier, "surrogate_"):
+            raise InputError(
+                "warm_start has not been fitted.", "a fitted or loaded predictor", "fit it, or leave warm_start out."
+            )
+        check_same_features(earlier.encoders, self.encoders)
+        if earlier.target_names_ != judged.target_names:
+            raise MismatchError(
+                f"warm_start predicts {earlier.target_names_}; the labels are of {judged.target_names}.",
+                "the same targets in the same order",
+                "label on the same target sets, or leave warm_start out.",
+            )
+        seen = sorted(set(judged.text_ids) & set(earlier.fitted_text_ids_))
+        if seen:
+            raise InputError(
+                f"warm_start was fitted on {len(seen)} of {len(judged)} judged texts, first {seen[:3]}.",
+                "judged texts that it never saw; else their held-out scores would not be held out",
+                "name the texts it never saw with judged=, label other texts, or leave warm_start out.",
+            )
+        return earlier.surrogate_
+
+    def _cross_fit(
+        self, rows: LabelledRows, features: np.ndarray, *, sources: list[str] | None, warm_start: Surrogate | None
+    ) -> Fidelity:
+        labels = rows.judged_labels
+        folds: dict[str, Any] = {"num_folds": self.num_folds, "seed": self.seed}
+        scores, means = rows.cross_predict(self._new_surrogate, features, warm_start=warm_start, **folds)
         self.held_out_ = Scores(scores, text_ids=labels.text_ids, target_names=labels.target_names)
         ridge = scores
         if self.surrogate_name != "ridge":
-            ridge, _ = cross_predict(
-                lambda: plugins.create(SURROGATES, "ridge", {}), features, labels.values, folds=folds, groups=groups
-            )
-        rows = [measure_fidelity(values, labels.values, baseline=means, **options) for values in (scores, ridge, means)]
+            ridge, _ = rows.cross_predict(lambda: plugins.create(SURROGATES, "ridge", {}), features, **folds)
+        options: dict[str, Any] = {"target_names": labels.target_names, "sources": sources, "seed": self.seed}
+        measured = [measure_fidelity(values, labels.values, baseline=means, **options) for values in (scores, ridge, means)]
         return Fidelity(
             surrogate_name=self.surrogate_name,
-            surrogate=rows[0],
-            ridge=rows[1],
-            constant=rows[2],
+            surrogate=measured[0],
+            ridge=measured[1],
+            constant=measured[2],
             noise_ceiling=noise_ceiling(labels),
         )
 
@@ -250,24 +304,6 @@ class InfluencePredictor:
 
     def _add(self, key: str, amount: float) -> None:
         self.cost_[key] += amount
-
-
-def _check_checkpoint(encoders: Sequence[Encoder], labels: Labels) -> None:
-    """Refuse features of one checkpoint beside labels of another; a proxy is a model of another kind or size."""
-    from oracle.measure import model_identity
-
-    measured = labels.meta.get("model")
-    for encoder in encoders:
-        if measured is None or not encoder.needs_model:
-            continue
-        own = model_identity(encoder.lm)  # type: ignore[attr-defined]
-        if own["kind"] == measured["kind"] and own["weights"] != measured["weights"]:
-            raise MismatchError(
-                f"the labels were measured at checkpoint {measured['weights']} of a {measured['kind']}, "
-                f"the features are of its checkpoint {own['weights']}.",
-                "labels and features of one checkpoint, or a proxy of another size",
-                "label again at this checkpoint, use the checkpoint of the labels, or pass allow_stale=True.",
-            )
 
 
 def strings_of(texts: Dataset) -> list[str]:
@@ -288,28 +324,3 @@ def _describe_surrogate(surrogate: str | Surrogate) -> tuple[str, dict[str, Any]
             "pass for example surrogate='trees'.",
         )
     return surrogate.plugin_name, plugins.options_of(surrogate)
-
-
-def _as_options(stored: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no tuples; options that are tuples come back as lists."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
-
-
-def _load_encoder(entry: dict[str, Any], folder: Path, *, lm: LanguageModel | None) -> Encoder:
-    """Make a saved encoder; a model at hand is used where it is the one of the fit, else the one at the saved path."""
-    plugin: Any = plugins.load(ENCODERS, entry["name"])
-    options = _as_options(entry["options"])
-    models = [lm] if lm is not None and not options.get("model") else [lm, None] if lm is not None else [None]
-    found: list[str] = []
-    for model in models:
-        has_state = hasattr(plugin, "load_state")
-        encoder: Encoder = plugin.load_state(folder, dict(options), lm=model) if has_state else plugin(**options)
-        found.append(encoder.fingerprint())
-        if found[-1] == entry["fingerprint"]:
-            return encoder
-    raise MismatchError(
-        f"the encoder {entry['name']!r} has the fingerprint {' or '.join(found)}; "
-        f"the predictor was fitted with {entry['fingerprint']}.",
-        "the same weights and package versions as in the fit",
-        "use the checkpoint and packages of the fit, or fit the predictor again.",
-    )

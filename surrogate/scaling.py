@@ -3,8 +3,9 @@
 Influence labels have heavy tails: a few texts move the loss a hundred times more than the median text, and
 a squared error fitted on raw labels follows those few. `LabelScaler` maps each target's labels to a better
 scale before the fit and maps predictions back to label units after it. `FeatureScaler` standardises features.
-Both keep what they learned as plain arrays, for safetensors. Left out: the bias that arises because the mean
-of a transformed label is not the transform of its mean; it moves R2 a little and ranks not at all.
+Both keep what they learned as plain arrays, for safetensors. With weights, every mean, median and rank counts a
+text as often as its weight says. Left out: the bias that arises because the mean of a transformed label is not the
+transform of its mean; it moves R2 a little and ranks not at all.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from oracle.comparison import average_ranks
 from oracle.errors import InputError, NotFiniteError, check_choice
 
 LABEL_SCALES = ("rank", "robust", "none")
@@ -52,22 +52,20 @@ class LabelScaler:
     def __post_init__(self) -> None:
         check_choice("label_scale", self.method, LABEL_SCALES)
 
-    def fit(self, y: ArrayLike) -> LabelScaler:
-        """Learn the scale of labels (S, C).
+    def fit(self, y: ArrayLike, weights: NDArray[np.float64] | None = None) -> LabelScaler:
+        """Learn the scale of labels (S, C) from texts with these weights (S,); None counts each once.
 
         Raises:
             NotFiniteError: A label is NaN or infinite.
         """
         labels = _finite_matrix("labels", y)
         if self.method == "rank":
-            self._knots = [_quantile_table(column) for column in labels.T]
+            self._knots = [_quantile_table(column, weights) for column in labels.T]
             return self
         is_constant = labels.max(axis=0) == labels.min(axis=0)
         center, scale = np.zeros(labels.shape[1]), np.ones(labels.shape[1])
         if self.method == "robust":
-            center = np.median(labels, axis=0)
-            scale = NORMAL_MAD_RATIO * np.median(np.abs(labels - center), axis=0)
-            scale = np.where(scale > 0, scale, labels.std(axis=0))
+            center, scale = robust_location_scale(labels, weights)
         self._center, self._scale = np.where(is_constant, labels[0], center), np.where(is_constant, 1.0, scale)
         return self
 
@@ -150,25 +148,26 @@ class FeatureScaler:
     _inverse_std: NDArray[np.float64] | None = field(default=None, init=False, repr=False)
     _relevance: NDArray[np.float64] | None = field(default=None, init=False, repr=False)
 
-    def fit(self, x: ArrayLike, y: ArrayLike | None = None) -> FeatureScaler:
+    def fit(self, x: ArrayLike, y: ArrayLike | None = None, *, weights: NDArray[np.float64] | None = None) -> FeatureScaler:
         """Learn mean, standard deviation and (with labels) relevance of the columns.
 
         Args:
             x: Features (S, D).
             y: Labels (S, C) on a scale without outliers; None weighs all columns alike.
+            weights: (S,) how often each text counts; None counts each once.
 
         Raises:
             NotFiniteError: A feature is NaN or infinite.
         """
         features = _finite_matrix("features", x)
         is_constant = features.max(axis=0) == features.min(axis=0)
-        std = np.where(is_constant, 1.0, features.std(axis=0))
+        std = np.where(is_constant, 1.0, weighted_std(features, weights))
         std_or_one = np.where(std > 0, std, 1.0)  # a spread below the smallest number rounds to zero
-        self._mean = np.where(is_constant, features[0], features.mean(axis=0))
+        self._mean = np.where(is_constant, features[0], weighted_mean(features, weights))
         self._inverse_std = np.where(is_constant | (std == 0), 0.0, 1.0 / std_or_one)
         self._relevance = np.ones(features.shape[1])
         if y is not None:
-            self._relevance = _relevance(self._standardised(features), np.asarray(y, dtype=np.float64))
+            self._relevance = _relevance(self._standardised(features), np.asarray(y, dtype=np.float64), weights)
         return self
 
     def transform(self, x: ArrayLike) -> NDArray[np.float32]:
@@ -206,14 +205,61 @@ class FeatureScaler:
         return scaler
 
 
-def _relevance(features: NDArray[np.float64], labels: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return (D,) weights of standardised columns, root mean square 1."""
-    spread = labels.std(axis=0)
-    targets = (labels - labels.mean(axis=0))[:, spread > 0] / spread[spread > 0]  # (S, C')
+def weighted_mean(values: NDArray, weights: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    """Return the mean over the rows of `values`, in double precision; without weights numpy's own."""
+    if weights is None:
+        return values.mean(axis=0, dtype=np.float64)
+    return np.asarray(np.average(values, axis=0, weights=weights), dtype=np.float64)
+
+
+def weighted_std(values: NDArray[np.float64], weights: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    """Return the standard deviation over the rows of `values`; without weights numpy's own."""
+    if weights is None:
+        return np.asarray(values.std(axis=0))
+    return np.sqrt(weighted_mean(np.square(values - weighted_mean(values, weights)), weights))
+
+
+def robust_location_scale(
+    labels: NDArray[np.float64], weights: NDArray[np.float64] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the median (C,) of labels (S, C) and 1.4826 times their median absolute deviation (C,).
+
+    Where that deviation is zero the standard deviation stands for it; of a constant column it is zero too.
+    """
+    center = _weighted_median(labels, weights)
+    scale = NORMAL_MAD_RATIO * _weighted_median(np.abs(labels - center), weights)
+    scale = np.where(scale > 0, scale, weighted_std(labels, weights))
+    return center, np.where(labels.max(axis=0) == labels.min(axis=0), 0.0, scale)
+
+
+def _weighted_median(values: NDArray[np.float64], weights: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    """Return the value (C,) below which half the weight lies, the middle of the two where it is exactly half."""
+    if weights is None:
+        return np.asarray(np.median(values, axis=0))
+    order = np.argsort(values, axis=0, kind="stable")
+    ordered, reached = np.take_along_axis(values, order, axis=0), np.cumsum(weights[order], axis=0)
+    half, columns = reached[-1] / 2, np.arange(values.shape[1])
+    low, high = (reached < half).sum(axis=0), (reached <= half).sum(axis=0)
+    return (ordered[low, columns] + ordered[high, columns]) / 2
+
+
+def _relevance(
+    features: NDArray[np.float64], labels: NDArray[np.float64], weights: NDArray[np.float64] | None
+) -> NDArray[np.float64]:
+    """Return (D,) weights of standardised columns, root mean square 1.
+
+    Chance alone gives one over the number of texts; of weighted texts, one over Kish's effective number. A text of
+    weight 2 is more certain than one of weight 1, but it is no second text.
+    """
+    counts = np.ones(len(labels)) if weights is None else weights
+    total = counts.sum()
+    spread = weighted_std(labels, weights)
+    targets = (labels - weighted_mean(labels, weights))[:, spread > 0] / spread[spread > 0]  # (S, C')
     if targets.shape[1] == 0:
         return np.ones(features.shape[1])
-    squared = np.square(features.T @ targets / len(targets)).mean(axis=1)  # (D,)
-    relevance = np.sqrt(np.maximum(squared - 1.0 / len(targets), 0.0) + RELEVANCE_FLOOR)
+    squared = np.square(features.T @ (targets * counts[:, None]) / total).mean(axis=1)  # (D,)
+    by_chance = np.square(counts).sum() / total**2
+    relevance = np.sqrt(np.maximum(squared - by_chance, 0.0) + RELEVANCE_FLOOR)
     return relevance / np.sqrt(np.square(relevance).mean())
 
 
@@ -234,12 +280,18 @@ def _finite_matrix(what: str, values: ArrayLike) -> NDArray[np.float64]:
     return matrix
 
 
-def _quantile_table(column: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return knots (values, normal quantiles), both strictly increasing, at most MAX_KNOTS of them."""
+def _quantile_table(
+    column: NDArray[np.float64], weights: NDArray[np.float64] | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return knots (values, normal quantiles), both strictly increasing, at most MAX_KNOTS of them.
+
+    A value's rank is the weight below it and half its own: the average rank less one half, if each text counts once.
+    """
     from scipy.special import ndtri
 
-    values, first = np.unique(column, return_index=True)
-    quantiles = ndtri((average_ranks(column)[first] - 0.5) / len(column))
+    values, _, inverse = np.unique(column, return_index=True, return_inverse=True)
+    counts = np.bincount(inverse, weights=weights).astype(np.float64)
+    quantiles = ndtri((np.cumsum(counts) - counts / 2) / counts.sum())
     if len(values) == 1:
         return values, np.zeros(1)
     kept = np.unique(np.linspace(0, len(values) - 1, min(len(values), MAX_KNOTS)).round().astype(int))

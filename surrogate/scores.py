@@ -63,6 +63,9 @@ class Scores(np.ndarray):
         self._text_ids, self._target_names, self._num_tokens = ids, names, counts
         return self
 
+    def __reduce__(self) -> Any:  # numpy's own would drop the names when processes exchange scores
+        return _rebuild, (np.asarray(self), self._text_ids, self._target_names, self._num_tokens)
+
     @property
     def text_ids(self) -> list[str]:
         """N text_ids, one per row."""
@@ -166,6 +169,10 @@ def check_num_tokens(num_tokens: Sequence[int] | np.ndarray, *, num_texts: int) 
             "count the tokens of each text.",
         )
     return counts.astype(np.int64)
+
+
+def _rebuild(values: np.ndarray, text_ids: list[str], target_names: list[str], num_tokens: np.ndarray | None) -> Scores:
+    return Scores(values, text_ids=text_ids, target_names=target_names, num_tokens=num_tokens)
 
 
 def _plain(value: Any) -> Any:

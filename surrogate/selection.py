@@ -16,10 +16,9 @@ Left out: diversity and near-duplicates (remove those before), quotas per source
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,6 +28,7 @@ from oracle import plugins
 from oracle.artifacts import atomic_path, provenance, read_json, write_json
 from oracle.errors import InputError, InputTypeError, LowFidelityError, MismatchError, MissingFileError
 from surrogate.aggregation import combine, targets_used
+from surrogate.budget import Budget, fill, limit_of
 from surrogate.pool import LabelsLike, Pool, read_pool
 from surrogate.scores import Scores
 
@@ -45,47 +45,6 @@ class Rule(Protocol):
 
     def order(self, scores: np.ndarray, *, target_names: Sequence[str], seed: int) -> np.ndarray:
         """Return (N,) row numbers, best first."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """What may be kept: exactly one of the three.
-
-    Attributes:
-        tokens: At most this many tokens; needs token counts.
-        texts: This many texts.
-        fraction: This share of the pool's texts (not of its tokens), rounded down. The pool counts with the
-            excluded texts, so that a fraction stands for the same number at every refresh.
-
-    Raises:
-        InputError: None or several are given, or the value cannot be a budget.
-    """
-
-    tokens: int | None = None
-    texts: int | None = None
-    fraction: float | None = None
-
-    def __post_init__(self) -> None:
-        given = {name: value for name, value in asdict(self).items() if value is not None}
-        if len(given) != 1:
-            raise InputError(
-                f"a budget with {' and '.join(given) or 'nothing'} set.",
-                "exactly one of tokens, texts, fraction",
-                "give one: Budget(fraction=0.2) in Python, --fraction 0.2 on the command line.",
-            )
-        name, value = next(iter(given.items()))
-        is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-        if name == "fraction":
-            if not (is_number and 0 < value <= 1):
-                raise InputError(f"fraction={value!r} is not a share.", "a number above 0 and at most 1", "write 0.2 for 20 %.")
-        elif not (is_number and value >= 1 and value == int(value)):
-            raise InputError(f"{name}={value!r} is not a count.", "an integer of at least 1", f"pass such a number for {name}.")
-
-    def as_dict(self) -> dict[str, float]:
-        """Return the one entry that is set."""
-        return {
-            name: float(value) if name == "fraction" else int(value) for name, value in asdict(self).items() if value is not None
-        }
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -241,31 +200,16 @@ def select(
     rule_object = _make_rule(rule, options)
     pool, num_duplicates = read_pool(scores, text_ids=text_ids, num_tokens=num_tokens, target_names=target_names)
     at_chance = _check_fidelity(rule_object, pool.target_names, fidelity, allow=allow_low_fidelity)
-    num_pool = len(pool.text_ids)
+    counts = {"pool": len(pool.text_ids), "duplicates": num_duplicates}
     num_unknown = 0
     if labels is not None:
         pool, num_unknown = pool.with_labels(labels)
     excluded = set(exclude)
     pool = pool.take(np.array([row for row, text_id in enumerate(pool.text_ids) if text_id not in excluded], dtype=np.int64))
-    limit = _limit(budget, pool, num_pool=num_pool)
+    counts |= {"excluded": counts["pool"] - len(pool.text_ids), "labels_not_in_pool": num_unknown}
+    limit = limit_of(budget, pool, num_pool=counts["pool"])
     order = _checked_order(rule_object, pool, seed)
-    ranks = np.arange(limit) if budget.tokens is None else _fill(order, pool, limit)
-    kept = order[ranks]
-    combined = combine(
-        pool.values,
-        getattr(rule_object, "combine", "sum_z"),
-        target_names=pool.target_names,
-        weights=getattr(rule_object, "weights", None),
-    )
-    blind_reason = None if getattr(rule_object, "uses_scores", True) else _rule_name(rule_object)
-    reasons = [blind_reason or ("label" if pool.is_label[row] else "score") for row in kept]
-    counts = {
-        "pool": num_pool,
-        "duplicates": num_duplicates,
-        "excluded": num_pool - len(pool.text_ids),
-        "labels_not_in_pool": num_unknown,
-        **_count(pool, reasons),
-    }
+    ranks = np.arange(limit) if budget.tokens is None else fill(order, pool, limit)
     meta = {
         "rule": _rule_name(rule_object),
         "options": plugins.options_of(rule_object),
@@ -276,6 +220,18 @@ def select(
         "allow_low_fidelity": allow_low_fidelity,
         **provenance(),
     }
+    return _chosen(rule_object, pool, order, ranks=ranks, counts=counts, meta=meta)
+
+
+def _chosen(
+    rule: Rule, pool: Pool, order: np.ndarray, *, ranks: np.ndarray, counts: dict[str, int], meta: dict[str, Any]
+) -> Selection:
+    """Put together what was kept: the texts at these places of the order, why, and by which number."""
+    kept = order[ranks]
+    how, weights = getattr(rule, "combine", "sum_z"), getattr(rule, "weights", None)
+    combined = combine(pool.values, how, target_names=pool.target_names, weights=weights)
+    blind_reason = None if getattr(rule, "uses_scores", True) else _rule_name(rule)
+    reasons = [blind_reason or ("label" if pool.is_label[row] else "score") for row in kept]
     chosen = pool.take(kept)
     return Selection(
         text_ids=chosen.text_ids,
@@ -284,7 +240,7 @@ def select(
         values=chosen.values,
         combined=combined[kept],
         target_names=chosen.target_names,
-        counts=counts,
+        counts={**counts, **_count(pool, reasons)},
         meta=meta,
         tokens_per_text=None if chosen.num_tokens is None else chosen.num_tokens.tolist(),
     )
@@ -348,39 +304,6 @@ def _check_fidelity(rule: Rule, target_names: list[str], fidelity: Fidelity | No
     return at_chance
 
 
-def _limit(budget: Budget, pool: Pool, *, num_pool: int) -> int:
-    """Return how many texts or tokens may be kept; refuse more than there are and less than one text."""
-    kind, value = next(iter(budget.as_dict().items()))
-    num_candidates = len(pool.text_ids)
-    if kind == "tokens":
-        if pool.num_tokens is None:
-            raise InputError(
-                f"a budget of {value} tokens without token counts.",
-                "num_tokens, or a budget of texts or fraction",
-                "pass num_tokens=..., or Budget(texts=...).",
-            )
-        limit, available = int(value), int(pool.num_tokens.sum())
-        smallest = int(pool.num_tokens.min()) if num_candidates else 0
-    else:
-        # the addend keeps 0.29 * 100 = 28.999999999999996 from becoming 28
-        limit = int(value) if kind == "texts" else math.floor(value * num_pool + 1e-9)
-        available, smallest = num_candidates, 1
-    unit = "tokens" if kind == "tokens" else "texts"
-    if limit > available:
-        raise InputError(
-            f"a budget of {limit} {unit} for {available} {unit} that may be chosen.",
-            f"at most {available} {unit}",
-            "lower the budget, enlarge the pool, or exclude less.",
-        )
-    if limit < smallest:
-        raise InputError(
-            f"a budget of {kind}={value} keeps nothing of {num_candidates} texts.",
-            f"at least {smallest} {unit}",
-            "raise the budget.",
-        )
-    return limit
-
-
 def _checked_order(rule: Rule, pool: Pool, seed: int) -> np.ndarray:
     num_texts = len(pool.text_ids)
     order = np.asarray(rule.order(pool.values, target_names=pool.target_names, seed=seed))
@@ -389,18 +312,3 @@ def _checked_order(rule: Rule, pool: Pool, seed: int) -> np.ndarray:
             f"rule {_rule_name(rule)!r} returned no order of the {num_texts} texts.", "each row number once", "correct the rule."
         )
     return order
-
-
-def _fill(order: np.ndarray, pool: Pool, num_tokens: int) -> np.ndarray:
-    """Go down the order and take every text that still fits; return the places in the order that were taken."""
-    assert pool.num_tokens is not None
-    sizes = pool.num_tokens[order]
-    smallest_from_here = np.minimum.accumulate(sizes[::-1])[::-1]
-    taken, left = [], num_tokens
-    for place, size in enumerate(sizes.tolist()):
-        if smallest_from_here[place] > left:
-            break
-        if size <= left:
-            taken.append(place)
-            left -= size
-    return np.array(taken, dtype=np.int64)

@@ -1,75 +1,23 @@
-"""What each command does: from strings of the command line to a stage of the run and a JSON-able summary."""
+"""What each command does: from strings of the command line to a stage of the run and a JSON-able summary.
+
+The commands that measure (`label`, `calibrate`, `judge`) are in `surrogate.oracle_stages`.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from oracle import plugins
-from oracle.comparison import noise_ceiling
 from oracle.errors import InputError
-from oracle.labels import Labels
-from oracle.methods import needs_of
-from oracle.targets import TargetSet, read_targets
 from surrogate import corpora
-from surrogate.pipeline import DEFAULT_ENCODERS, Run, parse_options
+from surrogate.option_strings import parse_options
+from surrogate.pipeline import DEFAULT_ENCODERS, Run
 from surrogate.selection import Budget
-
-if TYPE_CHECKING:
-    from oracle.language_model import LanguageModel
-
-LABEL_OPTIONS = ("max_target_texts", "halves", "block_size", "per")  # of `oracle.label` itself
-
-
-def label_stage(
-    folder: Path,
-    targets: Sequence[str],
-    *,
-    model: str | None,
-    pool: Sequence[str] | None,
-    text_column: str,
-    method: str,
-    sample_size: int,
-    max_tokens: int | None,
-    dtype: str,
-    options: Sequence[str],
-    seed: int,
-) -> dict[str, Any]:
-    """Label a sample with a model from a folder or the hub."""
-    accepted = plugin_options("oracle.methods", method, options, also=LABEL_OPTIONS)
-    target_sets = {target.name: target for target in read_targets(read_target_paths(parse_targets(targets)))} if targets else {}
-    needs = needs_of(plugins.load("oracle.methods", method))
-    _check_needs(method, {"--model": (needs.model, model), "--target": (needs.targets, targets)})
-    lm = None if model is None else _load_model(model, max_tokens=max_tokens, dtype=dtype, target_sets=target_sets)
-    run = Run(folder)
-    pool_summary = give_pool(run, pool, text_column)
-    labels = run.label(lm, target_sets or None, sample_size=sample_size, method=method, seed=seed, model_path=model, **accepted)
-    return {"run_folder": str(folder), **pool_summary, **describe_labels(labels)}
-
-
-def _check_needs(method: str, given: Mapping[str, tuple[bool, Any]]) -> None:
-    """Refuse a missing option that the method needs."""
-    missing = [name for name, (is_needed, value) in given.items() if is_needed and not value]
-    if missing:
-        raise InputError(
-            f"method {method!r} without {' and '.join(missing)}.",
-            "--target NAME=FILE for the texts whose loss should fall, --model FOLDER for the checkpoint to measure at",
-            f"add {' and '.join(missing)}.",
-        )
-
-
-def _load_model(model: str, *, max_tokens: int | None, dtype: str, target_sets: Mapping[str, TargetSet]) -> LanguageModel:
-    """Load the model, and refuse targets that it cannot read before the folder is bound to a pool."""
-    from oracle.language_model import LanguageModel
-
-    lm = LanguageModel.from_pretrained(model, max_tokens=max_tokens, dtype=dtype)
-    for target in target_sets.values():
-        lm.encode(target.texts)
-    return lm
 
 
 def embed_stage(folder: Path, encoders: Sequence[str] | None, *, pool: Sequence[str] | None, text_column: str) -> dict[str, Any]:
@@ -193,21 +141,3 @@ def read_target_paths(paths: Mapping[str, str]) -> dict[str, Any]:
         else:
             sources[name] = path
     return sources
-
-
-def describe_labels(labels: Labels) -> dict[str, Any]:
-    """Summarise labels for people and programs."""
-    summary = {
-        name: {"mean": float(column.mean()), "std": float(column.std()), "share_positive": float((column > 0).mean())}
-        for name, column in zip(labels.target_names, labels.values.T, strict=True)
-    }
-    return {
-        "labelled": len(labels),
-        "num_without_target_token": labels.meta["num_without_target_token"],
-        "num_truncated": labels.meta["num_truncated"],
-        "units": labels.units,
-        "labels": summary,
-        "noise_ceiling": noise_ceiling(labels),
-        "facts": labels.meta["facts"],
-        "cost": labels.meta["cost"],
-    }

@@ -143,7 +143,7 @@ class ModelState:
             if self.targets is not None and self._directions_key != (key := self.key()):
                 self._prepare_targets()
                 self._directions_key = key
-            for batch in self.lm.batches(encoded):
+            for batch in self.lm.batches(encoded, packing=False):
                 features = self._features(batch).float().cpu().numpy()
                 for position, row in zip(batch.positions, features, strict=True):
                     rows[position] = row

@@ -37,141 +37,29 @@ BULLETS = ("-", "*", "•", "+", "#", ">")
 LONG_WORD_CHARS = 8
 SHORT_LINE_CHARS = 40
 WIDE_CHARS = 4096  # code points are classed once each; this many are remembered
-STOP_WORDS = frozenset(
-    (
-        "a",
-        "about",
-        "after",
-        "all",
-        "also",
-        "an",
-        "and",
-        "any",
-        "are",
-        "as",
-        "at",
-        "be",
-        "because",
-        "been",
-        "but",
-        "by",
-        "can",
-        "could",
-        "do",
-        "does",
-        "for",
-        "from",
-        "had",
-        "has",
-        "have",
-        "he",
-        "her",
-        "his",
-        "how",
-        "i",
-        "if",
-        "in",
-        "into",
-        "is",
-        "it",
-        "its",
-        "may",
-        "more",
-        "most",
-        "my",
-        "no",
-        "not",
-        "of",
-        "on",
-        "one",
-        "only",
-        "or",
-        "other",
-        "our",
-        "out",
-        "over",
-        "she",
-        "should",
-        "so",
-        "some",
-        "such",
-        "than",
-        "that",
-        "the",
-        "their",
-        "them",
-        "then",
-        "there",
-        "these",
-        "they",
-        "this",
-        "to",
-        "up",
-        "was",
-        "we",
-        "were",
-        "what",
-        "when",
-        "where",
-        "which",
-        "who",
-        "will",
-        "with",
-        "would",
-        "you",
-        "your",
-    )
+
+
+def _words(written: str) -> frozenset[str]:
+    return frozenset(written.split())
+
+
+STOP_WORDS = _words(
+    """
+    a about after all also an and any are as at be because been but by can could do does for from had has have he her his
+    how i if in into is it its may more most my no not of on one only or other our out over she should so some such than
+    that the their them then there these they this to up was we were what when where which who will with would you your
+    """
 )
-FIRST_SECOND_PERSON = frozenset(
-    (
-        "i",
-        "me",
-        "my",
-        "mine",
-        "we",
-        "us",
-        "our",
-        "you",
-        "your",
-        "yours",
-        "i'm",
-        "i've",
-        "i'll",
-        "you're",
-        "don't",
-    )
+FIRST_SECOND_PERSON = _words(
+    """
+    i me my mine we us our you your yours i'm i've i'll you're don't
+    """
 )
-CODE_WORDS = frozenset(
-    (
-        "args",
-        "async",
-        "await",
-        "bool",
-        "const",
-        "def",
-        "elif",
-        "enum",
-        "false",
-        "func",
-        "impl",
-        "import",
-        "int",
-        "lambda",
-        "namespace",
-        "none",
-        "null",
-        "private",
-        "public",
-        "return",
-        "self",
-        "static",
-        "str",
-        "struct",
-        "true",
-        "typedef",
-        "var",
-        "void",
-    )
+CODE_WORDS = _words(
+    """
+    args async await bool const def elif enum false func impl import int lambda namespace none null private public return
+    self static str struct true typedef var void
+    """
 )
 CHARACTER_CLASSES: dict[str, frozenset[str]] = {
     "newline": frozenset("\n"),

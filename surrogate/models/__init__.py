@@ -2,8 +2,11 @@
 
 The contract. A surrogate is a keyword-only dataclass with `plugin_name`; its options are its fields.
 
-- `fit(X (S, D), y (S, C) or (S,), *, groups=(S,) integers or None)` returns self. Texts with the same group
-  number are near-duplicates and never stand on both sides of a validation split. Learned attributes end in `_`.
+- `fit(X (S, D), y (S, C) or (S,), *, groups=(S,) integers or None, sample_weight=(S,) or None)` returns self. Texts
+  with the same group number are near-duplicates and never stand on both sides of a validation split. A text of weight 2
+  counts as two texts, one of weight 0 as none; None counts each as one. Learned attributes end in `_`.
+- `fit(..., warm_start=earlier)` goes on from a fitted surrogate of the same class, number of features and number of
+  targets; each file says how, and what it was worth. The new labels are of texts that the earlier one was not fitted on.
 - `predict(X (B, D))` returns scores (B, C), float32, in label units. They do not depend on the other rows.
 - A label column that is constant is predicted as that constant.
 - Fewer than 10 texts, another number of features, one single group, or predicting before fitting raise
@@ -31,6 +34,7 @@ from oracle.errors import InputError, MismatchError, MissingFileError, NotFinite
 from oracle.plugins import options_of
 
 MIN_TEXTS = 10
+RELATIVE_WEIGHT_FLOOR = 1e-9  # of the largest weight; less is lost in the rounding of a rank
 OPTIONS_FILE = "surrogate.json"
 ARRAYS_FILE = "arrays.safetensors"
 
@@ -40,7 +44,15 @@ class Surrogate(Protocol):
 
     plugin_name: ClassVar[str]
 
-    def fit(self, X: ArrayLike, y: ArrayLike, *, groups: ArrayLike | None = None) -> Self:
+    def fit(
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        *,
+        groups: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+        warm_start: Self | None = None,
+    ) -> Self:
         """Learn labels (S, C) from features (S, D)."""
 
     def predict(self, X: ArrayLike) -> NDArray[np.float32]:
@@ -58,20 +70,27 @@ class Surrogate(Protocol):
 class TrainingData:
     """Checked inputs of a fit, in content order.
 
-    Shapes: features (S, D) float32, labels (S, C) float64, groups (S,), keys S strings made from content.
+    Shapes: features (S, D) float32, labels (S, C) float64, groups (S,), keys S strings made from content, weights (S,)
+    float64 and positive, or None: every text counts once.
     """
 
     features: NDArray[np.float32]
     labels: NDArray[np.float64]
     groups: NDArray[np.int64]
     keys: list[str]
+    weights: NDArray[np.float64] | None = None
 
 
-def training_data(X: ArrayLike, y: ArrayLike, groups: ArrayLike | None) -> TrainingData:
-    """Check features, labels and groups, and put the rows in an order that only their content decides.
+def training_data(
+    X: ArrayLike, y: ArrayLike, groups: ArrayLike | None, *, sample_weight: ArrayLike | None = None
+) -> TrainingData:
+    """Check features, labels, groups and weights, and put the rows in an order that only their content decides.
+
+    Rows of weight 0, or of less than a billionth of the largest weight, are left out after the check.
 
     Raises:
-        InputError: Shapes do not fit together, there are too few texts, or all texts are one group.
+        InputError: Shapes do not fit together, there are too few texts, all texts are one group, or a weight is not a
+            finite number from 0 up.
         NotFiniteError: A feature or label is NaN or infinite.
     """
     features = _finite("features X", X)
@@ -89,17 +108,30 @@ def training_data(X: ArrayLike, y: ArrayLike, groups: ArrayLike | None) -> Train
             "finite labels",
             "leave out the texts whose labels are not finite.",
         )
+    weights = checked_weights(sample_weight, len(features))
+    used = np.flatnonzero(weights > RELATIVE_WEIGHT_FLOOR * weights.max(initial=0.0))
+    group_numbers = _group_numbers(groups, len(features))[used]
+    features, labels, weights = features[used], labels[used], weights[used]
     if len(features) < MIN_TEXTS:
         raise InputError(
-            f"{len(features)} labelled texts were given.",
+            f"{len(features)} labelled texts{'' if sample_weight is None else ' of positive weight'} were given.",
             f"at least {MIN_TEXTS}; a few hundred to be of use",
             "label more texts.",
         )
-    group_numbers = _group_numbers(groups, len(features))
+    if len(np.unique(group_numbers)) < 2:
+        raise InputError(
+            "all labelled texts are one group of near-duplicates.", "at least two groups", "label texts that differ more."
+        )
     joined = np.concatenate([features, labels.astype(np.float32)], axis=1) + np.float32(0.0)  # -0.0 becomes 0.0
     keys = [hashlib.blake2b(row.tobytes(), digest_size=16).hexdigest() for row in joined]
-    order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
-    return TrainingData(features[order], labels[order], group_numbers[order], [keys[row] for row in order])
+    order = np.array(sorted(range(len(keys)), key=lambda row: (keys[row], weights[row])))
+    return TrainingData(
+        features[order],
+        labels[order],
+        group_numbers[order],
+        [keys[row] for row in order],
+        None if (weights == 1.0).all() else weights[order],
+    )
 
 
 def features_to_score(X: ArrayLike, num_features: int | None) -> NDArray[np.float32]:
@@ -199,8 +231,23 @@ def _group_numbers(groups: ArrayLike | None, num_texts: int) -> NDArray[np.int64
             f"{num_texts} integers, one per text",
             "pass what near_duplicate_groups returns.",
         )
-    if len(np.unique(numbers)) < 2:
-        raise InputError(
-            "all labelled texts are one group of near-duplicates.", "at least two groups", "label texts that differ more."
-        )
     return numbers.astype(np.int64)
+
+
+def checked_weights(sample_weight: ArrayLike | None, num_texts: int) -> NDArray[np.float64]:
+    """Return weights (S,) as float64, ones for None.
+
+    Raises:
+        InputError: There is not one per text, or one is negative or not finite.
+    """
+    if sample_weight is None:
+        return np.ones(num_texts)
+    weights = np.asarray(sample_weight, dtype=np.float64)
+    if weights.shape != (num_texts,) or not np.isfinite(weights).all() or (weights < 0).any():
+        raise InputError(
+            f"sample_weight of shape {weights.shape} was given, {int((~(np.isfinite(weights) & (weights >= 0))).sum())} "
+            "of them negative or not finite.",
+            f"{num_texts} finite numbers from 0 up, one per text",
+            "pass a weight for each text, 0 for one that should not count.",
+        )
+    return weights

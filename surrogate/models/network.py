@@ -14,11 +14,9 @@ Papers: Agarwal and Hakkani-Tür 2025, Neural Networks for Learnable and Scalabl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar, Literal, Self, overload
 
@@ -26,10 +24,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torch.nn.functional import gelu
 
-from oracle.errors import InputError, NotFiniteError, check_at_least, check_choice
+from oracle.errors import InputError, check_at_least, check_choice
 from oracle.plugins import option
+from surrogate.continuation import check_warm_start
 from surrogate.linear import fit_scaled_ridge
 from surrogate.models import (
     TrainingData,
@@ -41,51 +39,11 @@ from surrogate.models import (
     with_prefix,
     without_prefix,
 )
-from surrogate.scaling import LABEL_SCALES, FeatureScaler, LabelScaler
+from surrogate.perceptron import Perceptron, PerceptronTraining
+from surrogate.scaling import LABEL_SCALES, FeatureScaler, LabelScaler, weighted_mean
 from surrogate.splits import grouped_holdout
 
 ROWS_PER_BLOCK = 8192
-
-
-@dataclass
-class _Member:
-    """One perceptron: the scaler of its training texts' features, weights (in, out) and biases per layer."""
-
-    scaler: FeatureScaler
-    weights: list[Tensor]
-    biases: list[Tensor]
-
-    def parameters(self) -> list[Tensor]:
-        return self.weights + self.biases
-
-    def output(self, x: Tensor, *, dropout: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
-        """Return the output (B, C) for standardised features; dropout only where a generator is given."""
-        hidden = x
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            if generator is not None and dropout > 0:
-                hidden = hidden * torch.empty_like(hidden).bernoulli_(1 - dropout, generator=generator) / (1 - dropout)
-            hidden = hidden @ weight + bias
-            hidden = gelu(hidden) if layer < len(self.weights) - 1 else hidden
-        return hidden
-
-    def copy(self) -> _Member:
-        weights, biases = ([tensor.detach().clone() for tensor in tensors] for tensors in (self.weights, self.biases))
-        return _Member(self.scaler, weights, biases)
-
-    def arrays(self) -> dict[str, NDArray]:
-        arrays = with_prefix("features", self.scaler.arrays())
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            arrays[f"{layer}.weight"], arrays[f"{layer}.bias"] = weight.detach().numpy(), bias.detach().numpy()
-        return arrays
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, NDArray]) -> _Member:
-        layers = range(sum(name.endswith(".weight") for name in arrays))
-        return cls(
-            FeatureScaler.from_arrays(without_prefix("features", arrays)),
-            [torch.from_numpy(arrays[f"{layer}.weight"]) for layer in layers],
-            [torch.from_numpy(arrays[f"{layer}.bias"]) for layer in layers],
-        )
 
 
 @dataclass(kw_only=True, eq=False)
@@ -96,7 +54,7 @@ class InfluenceNetwork:
     the spread of members is wanted; `trees` where single features carry thresholds. Runs on the CPU, repeatably.
 
     Attributes (learned): `members_` the perceptrons; `weights_` (D, C) and `intercept_` (C,) of the linear path on
-    scaled features; `gate_` (C,) the share of the members in the score; `num_features_`.
+    scaled features; `gate_` (C,) the share of the members in the score; `num_features_`, `num_targets_`.
 
     Cost:
         One `ridge`, and per member and epoch one pass over the labelled texts: some 4 seconds per member at 2,400
@@ -121,7 +79,7 @@ class InfluenceNetwork:
     label_scale: str = option("rank", "Scale that labels are fitted on: rank, robust or none (then of order 1).")
     validation_fraction: float = option(0.2, "Share of the texts that decide when a member stops.")
     seed: int = option(0, "Seed of splits, starts, batches and dropout.")
-    members_: list[_Member] = field(init=False, repr=False)
+    members_: list[Perceptron] = field(init=False, repr=False)
     weights_: Tensor = field(init=False, repr=False)
     intercept_: Tensor = field(init=False, repr=False)
     gate_: Tensor = field(init=False, repr=False)
@@ -148,45 +106,62 @@ class InfluenceNetwork:
             value = getattr(self, name)
             if not (0 < value < 1 or (name == "dropout" and value == 0)):
                 raise InputError(f"{name}={value!r} cannot be used.", accepted, f"pass such a value for {name}.")
-        self._widths()
+        _parse_widths(self.hidden)
 
     @property
     def num_features_(self) -> int:
         """Number of feature columns D of the fit."""
         return len(self.weights_)
 
-    def fit(self, X: ArrayLike, y: ArrayLike, *, groups: ArrayLike | None = None) -> Self:
+    @property
+    def num_targets_(self) -> int:
+        """Number of targets C of the fit."""
+        return len(self.intercept_)
+
+    def fit(
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        *,
+        groups: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+        warm_start: Self | None = None,
+    ) -> Self:
         """Learn from features (S, D) and labels (S, C) or (S,); `groups` stay on one side of each split."""
         with _own_settings():
-            return self._fit(training_data(X, y, groups))
+            data = training_data(X, y, groups, sample_weight=sample_weight)
+            if warm_start is not None:
+                shape = {"num_features": data.features.shape[1], "num_targets": data.labels.shape[1]}
+                check_warm_start(warm_start, self, also_equal=("widths", "ensemble"), **shape)
+            return self._fit(data, [None] * self.ensemble if warm_start is None else warm_start.members_)
 
-    def _fit(self, data: TrainingData) -> Self:
-        label_scaler = LabelScaler(self.label_scale).fit(data.labels)
+    def _fit(self, data: TrainingData, earlier: Sequence[Perceptron | None]) -> Self:
+        label_scaler = LabelScaler(self.label_scale).fit(data.labels, data.weights)
         scaled = label_scaler.transform(data.labels)
-        intercept = scaled.mean(axis=0)
+        intercept = weighted_mean(scaled, data.weights)
         targets = scaled - intercept
-        members, held_out, outputs = [], [], []
-        for number in range(self.ensemble):
-            mask = grouped_holdout(
-                data.groups, fraction=self.validation_fraction, seed=self.seed * 1_000 + number, keys=data.keys
-            )
-            member, output = self._train_member(number, data.features, targets, mask=mask)
-            members.append(member)
-            held_out.append(np.flatnonzero(mask))
-            outputs.append(output)
+        members, held_out, outputs = zip(
+            *(self._train_member(number, data, targets, earlier=member) for number, member in enumerate(earlier)), strict=True
+        )
         gate = torch.ones(targets.shape[1], dtype=torch.float32)
         weights = torch.zeros(data.features.shape[1], targets.shape[1], dtype=torch.float32)
         linear_scaler = None
         if self.linear_path:
             linear_scaler, ridge = fit_scaled_ridge(
-                data.features, targets, groups=data.groups, keys=data.keys, weigh_features=self.weigh_features
+                data.features,
+                targets,
+                groups=data.groups,
+                keys=data.keys,
+                weigh_features=self.weigh_features,
+                sample_weight=data.weights,
             )
             weights = torch.from_numpy(ridge.weights).float()
             intercept = intercept + ridge.intercept
             rows = np.concatenate(held_out)
-            gate = _gate(targets[rows], linear=ridge.held_out[rows], outputs=torch.cat(outputs))
+            counts = np.ones(len(rows)) if data.weights is None else data.weights[rows]
+            gate = _gate(targets[rows], linear=ridge.held_out[rows], outputs=torch.cat(outputs), counts=counts)
         self.weights_, self.intercept_, self.gate_ = weights, torch.from_numpy(intercept).float(), gate
-        self.members_, self._linear_scaler, self._label_scaler = members, linear_scaler, label_scaler
+        self.members_, self._linear_scaler, self._label_scaler = list(members), linear_scaler, label_scaler
         return self
 
     @overload
@@ -236,24 +211,17 @@ class InfluenceNetwork:
             torch.from_numpy(arrays[name]) for name in ("weights", "intercept", "gate")
         )
         surrogate.members_ = [
-            _Member.from_arrays(without_prefix(f"member{number}", arrays)) for number in range(surrogate.ensemble)
+            Perceptron.from_arrays(without_prefix(f"member{number}", arrays)) for number in range(surrogate.ensemble)
         ]
         features = without_prefix("features", arrays)
         surrogate._linear_scaler = FeatureScaler.from_arrays(features) if surrogate.linear_path else None
         surrogate._label_scaler = LabelScaler.from_arrays(without_prefix("labels", arrays))
         return surrogate
 
-    def _widths(self) -> list[int]:
-        """Return the widths of the hidden layers."""
-        parts = self.hidden.split(",") if isinstance(self.hidden, str) else list(self.hidden)
-        texts = [str(part).strip() for part in parts]
-        if not texts or not all(text.isdecimal() and int(text) > 0 for text in texts):
-            raise InputError(
-                f"hidden={self.hidden!r} cannot be used.",
-                "positive whole numbers such as '128' or '256,64'",
-                "give the width of each hidden layer.",
-            )
-        return [int(text) for text in texts]
+    @property
+    def widths(self) -> list[int]:
+        """Widths of the hidden layers."""
+        return _parse_widths(self.hidden)
 
     def _member_outputs(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
         with _own_settings(), torch.no_grad():
@@ -267,67 +235,41 @@ class InfluenceNetwork:
             ]
         return torch.stack(outputs).double().numpy()
 
-    def _new_member(self, scaler: FeatureScaler, shape: tuple[int, int], generator: torch.Generator) -> _Member:
-        """Return a member for (D, C) with random hidden layers and zero output (which a constant target never moves)."""
-        sizes = [shape[0], *self._widths(), shape[1]]
-        weights = [
-            torch.randn(before, after, generator=generator, dtype=torch.float32) * math.sqrt(2 / before)
-            for before, after in pairwise(sizes[:-1])
-        ]
-        weights.append(torch.zeros(sizes[-2], sizes[-1], dtype=torch.float32))
-        return _Member(scaler, weights, [torch.zeros(size, dtype=torch.float32) for size in sizes[1:]])
-
     def _train_member(
-        self, number: int, features: NDArray[np.float32], labels: NDArray[np.float64], *, mask: NDArray[np.bool_]
-    ) -> tuple[_Member, Tensor]:
-        """Train one member on the rows outside `mask` until those in it (B) stop improving; the best epoch is kept.
+        self, number: int, data: TrainingData, targets: NDArray[np.float64], *, earlier: Perceptron | None
+    ) -> tuple[Perceptron, NDArray, Tensor]:
+        """Train one member on all but its own held-out texts, from random weights or from those of an earlier one.
 
         Returns:
-            The member, and its output (B, C) for the rows in `mask`, whose labels nothing but the stopping has seen.
+            The member, the rows (B,) that were held out, and its output (B, C) for them: nothing but the stopping
+            has seen their labels.
         """
-        scaler = FeatureScaler().fit(features[~mask], labels[~mask] if self.weigh_features else None)
-        x, targets = torch.from_numpy(scaler.transform(features)), torch.from_numpy(labels).float()
-        training, validation = torch.from_numpy(np.flatnonzero(~mask)), torch.from_numpy(mask)
-        x_validation, targets_validation = x[validation], targets[validation]
+        mask = grouped_holdout(data.groups, fraction=self.validation_fraction, seed=self.seed * 1_000 + number, keys=data.keys)
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]))
-        member = self._new_member(scaler, (x.shape[1], targets.shape[1]), generator)
-        for parameter in member.parameters():
-            parameter.requires_grad_(True)
-        optimizer = torch.optim.AdamW(member.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
-        best_error, best, stalled = math.inf, member.copy(), 0
-        for _ in range(self.max_epochs):
-            self._train_epoch(member, optimizer, (x, targets, training), generator)
-            with torch.no_grad():
-                error = float((member.output(x_validation) - targets_validation).square().mean())
-            if not math.isfinite(error):
-                raise NotFiniteError(
-                    f"training diverged with learning_rate={self.learning_rate!r}.",
-                    "a finite squared error",
-                    "lower learning_rate, or use label_scale='rank'.",
-                )
-            if error < best_error:
-                best_error, best, stalled = error, member.copy(), 0
-            else:
-                stalled += 1
-                if stalled == self.patience:
-                    break
-        return best, best.output(x_validation)
-
-    def _train_epoch(
-        self,
-        member: _Member,
-        optimizer: torch.optim.Optimizer,
-        tensors: tuple[Tensor, Tensor, Tensor],
-        generator: torch.Generator,
-    ) -> None:
-        x, targets, training = tensors
-        order = training[torch.randperm(len(training), generator=generator)]
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            outputs = member.output(x[rows], dropout=self.dropout, generator=generator)
-            optimizer.zero_grad()
-            (outputs - targets[rows]).square().mean().backward()
-            optimizer.step()
+        if earlier is None:
+            weights = None if data.weights is None else data.weights[~mask]
+            scaler = FeatureScaler().fit(data.features[~mask], targets[~mask] if self.weigh_features else None, weights=weights)
+            start = Perceptron.new(scaler, [data.features.shape[1], *self.widths, targets.shape[1]], generator)
+        else:
+            start = earlier.without_output(np.asarray((targets == 0).all(axis=0)))
+        training = PerceptronTraining(
+            dropout=self.dropout,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            max_epochs=self.max_epochs,
+            patience=self.patience,
+            batch_size=self.batch_size,
+        )
+        member, output = training.run(
+            start,
+            data.features,
+            targets,
+            held_out=mask,
+            sample_weight=data.weights,
+            generator=generator,
+            keep_start=earlier is not None,
+        )
+        return member, np.flatnonzero(mask), output
 
 
 @contextmanager
@@ -337,9 +279,22 @@ def _own_settings() -> Iterator[None]:
         yield
 
 
-def _gate(targets: NDArray[np.float64], *, linear: NDArray[np.float64], outputs: Tensor) -> Tensor:
+def _parse_widths(hidden: str | Sequence[int]) -> list[int]:
+    parts = hidden.split(",") if isinstance(hidden, str) else list(hidden)
+    texts = [str(part).strip() for part in parts]
+    if not texts or not all(text.isdecimal() and int(text) > 0 for text in texts):
+        raise InputError(
+            f"hidden={hidden!r} cannot be used.",
+            "positive whole numbers such as '128' or '256,64'",
+            "give the width of each hidden layer.",
+        )
+    return [int(text) for text in texts]
+
+
+def _gate(targets: NDArray[np.float64], *, linear: NDArray[np.float64], outputs: Tensor, counts: NDArray[np.float64]) -> Tensor:
     """Return the share (0 to 1) of the members' outputs beside the linear path's that fits labels best, per target (C,)."""
     step = outputs.numpy() - linear.astype(np.float32)
-    power = np.square(step).sum(axis=0)
-    gate = (step * (targets - linear).astype(np.float32)).sum(axis=0) / np.maximum(power, np.finfo(np.float32).tiny)
+    weighted = step * counts.astype(np.float32)[:, None]
+    power = (weighted * step).sum(axis=0)
+    gate = (weighted * (targets - linear).astype(np.float32)).sum(axis=0) / np.maximum(power, np.finfo(np.float32).tiny)
     return torch.from_numpy(gate.clip(0.0, 1.0))

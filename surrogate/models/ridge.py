@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from oracle.errors import InputError, check_choice
 from oracle.plugins import option
+from surrogate.continuation import Continuation, check_warm_start, full_output
 from surrogate.linear import fit_scaled_ridge
 from surrogate.models import (
     features_to_score,
@@ -35,7 +36,7 @@ class RidgeSurrogate:
     where their held-out fidelity is above it.
 
     Attributes (learned): `weights_` (D, C) and `intercept_` (C,) for standardised features on the label scale;
-    `alphas_` (C,) the penalties; `num_features_`.
+    `alphas_` (C,) the penalties; `num_features_`, `num_targets_`; `earlier_` the part of earlier surrogates, or None.
 
     Cost:
         One eigendecomposition of min(S, D) rows, and one for each of five folds where features are weighed: some
@@ -53,6 +54,7 @@ class RidgeSurrogate:
     weights_: NDArray[np.float64] = field(init=False, repr=False)
     intercept_: NDArray[np.float64] = field(init=False, repr=False)
     alphas_: NDArray[np.float64] = field(init=False, repr=False)
+    earlier_: Continuation | None = field(init=False, repr=False)
     _feature_scaler: FeatureScaler = field(init=False, repr=False)
     _label_scaler: LabelScaler = field(init=False, repr=False)
 
@@ -68,11 +70,29 @@ class RidgeSurrogate:
         """Number of feature columns D of the fit."""
         return len(self.weights_)
 
-    def fit(self, X: ArrayLike, y: ArrayLike, *, groups: ArrayLike | None = None) -> Self:
+    @property
+    def num_targets_(self) -> int:
+        """Number of targets C of the fit."""
+        return len(self.intercept_)
+
+    def fit(
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        *,
+        groups: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+        warm_start: Self | None = None,
+    ) -> Self:
         """Learn from features (S, D) and labels (S, C) or (S,); `groups` are left out together."""
-        data = training_data(X, y, groups)
-        self._label_scaler = LabelScaler(self.label_scale).fit(data.labels)
-        scaled = self._label_scaler.transform(data.labels)
+        data = training_data(X, y, groups, sample_weight=sample_weight)
+        label_scaler = LabelScaler(self.label_scale).fit(data.labels, data.weights)
+        scaled = label_scaler.transform(data.labels)  # (S, C)
+        earlier = None
+        if warm_start is not None:
+            check_warm_start(warm_start, self, num_features=data.features.shape[1], num_targets=scaled.shape[1])
+            earlier = Continuation.of(warm_start, data.features, scaled, weights=data.weights)
+            scaled = scaled - earlier.output(data.features)
         self._feature_scaler, ridge = fit_scaled_ridge(
             data.features,
             scaled,
@@ -80,20 +100,27 @@ class RidgeSurrogate:
             keys=data.keys,
             weigh_features=self.weigh_features,
             alpha=self.alpha,
+            sample_weight=data.weights,
         )
         self.weights_, self.intercept_, self.alphas_ = ridge.weights, ridge.intercept, ridge.alphas
+        self._label_scaler, self.earlier_ = label_scaler, earlier
         return self
 
     def predict(self, X: ArrayLike) -> NDArray[np.float32]:
         """Return scores (B, C) in label units for features (B, D)."""
         features = features_to_score(X, self.num_features_ if hasattr(self, "weights_") else None)
-        scaled = self._feature_scaler.transform(features) @ self.weights_ + self.intercept_  # (B, C)
-        return self._label_scaler.inverse(scaled).astype(np.float32)
+        return self._label_scaler.inverse(full_output(self, features)).astype(np.float32)
+
+    def own_output(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return what this fit learned, (B, C) on the label scale, without the part of earlier surrogates."""
+        return self._feature_scaler.transform(features) @ self.weights_ + self.intercept_
 
     def save(self, folder: Path) -> None:
         """Write the fitted surrogate into `folder`."""
         require_fitted(hasattr(self, "weights_"))
         arrays = {"weights": self.weights_, "intercept": self.intercept_, "alphas": self.alphas_}
+        if self.earlier_ is not None:
+            arrays |= self.earlier_.save(Path(folder))
         save_state(
             Path(folder),
             self,
@@ -107,6 +134,7 @@ class RidgeSurrogate:
         surrogate = cls(**options)
         surrogate.weights_, surrogate.intercept_ = arrays["weights"], arrays["intercept"]
         surrogate.alphas_ = arrays["alphas"]
+        surrogate.earlier_ = Continuation.load(Path(folder), arrays, cls)
         surrogate._feature_scaler = FeatureScaler.from_arrays(without_prefix("features", arrays))
         surrogate._label_scaler = LabelScaler.from_arrays(without_prefix("labels", arrays))
         return surrogate

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from oracle.artifacts import atomic_path
 from oracle.errors import InputError, MissingFileError, check_at_least, check_choice
 from oracle.plugins import option
+from surrogate.continuation import Continuation, check_warm_start, full_output
 from surrogate.models import (
     TrainingData,
     features_to_score,
@@ -28,7 +29,7 @@ from surrogate.models import (
     with_prefix,
     without_prefix,
 )
-from surrogate.scaling import LABEL_SCALES, LabelScaler
+from surrogate.scaling import LABEL_SCALES, LabelScaler, weighted_mean
 from surrogate.splits import grouped_folds
 
 MAX_BIN = 31  # with thousands of features and few texts, time goes into bins; more of them ranked no better
@@ -45,7 +46,8 @@ class InfluenceTrees:
     dense embeddings, `ridge` where labels are few.
 
     Attributes (learned): `boosters_` C boosters, predicting on the label scale; `num_trees_` their sizes;
-    `num_features_`.
+    `num_features_`, `num_targets_`; `earlier_` the part of earlier surrogates, or None. With one, the boosters predict
+    what it leaves of the labels.
 
     Cost:
         Per target some 5 seconds at 2,400 texts and 3,000 features on one core, 1 second at 300 and 400.
@@ -71,6 +73,7 @@ class InfluenceTrees:
     boosters_: list[lgb.Booster] = field(init=False, repr=False)
     num_trees_: list[int] = field(init=False, repr=False)
     num_features_: int = field(init=False, repr=False)
+    earlier_: Continuation | None = field(init=False, repr=False)
     _label_scaler: LabelScaler = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -95,19 +98,32 @@ class InfluenceTrees:
         if self.validation_folds != 0:
             check_at_least("validation_folds", self.validation_folds, 2)
 
-    def fit(self, X: ArrayLike, y: ArrayLike, *, groups: ArrayLike | None = None) -> Self:
+    def fit(
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        *,
+        groups: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+        warm_start: Self | None = None,
+    ) -> Self:
         """Learn from features (S, D) and labels (S, C) or (S,); `groups` stay on one side of the validation split."""
-        data = training_data(X, y, groups)
-        scaler = LabelScaler(self.label_scale).fit(data.labels)
+        data = training_data(X, y, groups, sample_weight=sample_weight)
+        scaler = LabelScaler(self.label_scale).fit(data.labels, data.weights)
         targets = scaler.transform(data.labels)  # (S, C)
+        earlier = None
+        if warm_start is not None:
+            check_warm_start(warm_start, self, num_features=data.features.shape[1], num_targets=targets.shape[1])
+            earlier = Continuation.of(warm_start, data.features, targets, weights=data.weights)
+            targets = targets - earlier.output(data.features)
         splits = self._splits(data)
-        dataset = lgb.Dataset(data.features, params=self._parameters(), free_raw_data=False)
+        dataset = lgb.Dataset(data.features, weight=data.weights, params=self._parameters(), free_raw_data=False)
         boosters = []
         for column in targets.T:
             dataset.set_label(column)
             num_trees = self._best_num_trees(dataset, splits) if splits else self.num_trees
             boosters.append(lgb.train(self._parameters(), dataset, num_boost_round=num_trees))
-        self.boosters_, self._label_scaler = boosters, scaler
+        self.boosters_, self._label_scaler, self.earlier_ = boosters, scaler, earlier
         self.num_trees_ = [booster.num_trees() for booster in boosters]
         self.num_features_ = data.features.shape[1]
         return self
@@ -117,8 +133,11 @@ class InfluenceTrees:
         features = features_to_score(X, self.num_features_ if hasattr(self, "boosters_") else None)
         if len(features) == 0:
             return np.zeros((0, len(self.boosters_)), dtype=np.float32)
-        scaled = np.stack([booster.predict(features, num_threads=self.num_threads) for booster in self.boosters_], axis=1)
-        return self._label_scaler.inverse(scaled).astype(np.float32)
+        return self._label_scaler.inverse(full_output(self, features)).astype(np.float32)
+
+    def own_output(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return what this fit learned, (B, C) on the label scale, without the part of earlier surrogates."""
+        return np.stack([booster.predict(features, num_threads=self.num_threads) for booster in self.boosters_], axis=1)
 
     def save(self, folder: Path) -> None:
         """Write the fitted surrogate into `folder`."""
@@ -131,7 +150,8 @@ class InfluenceTrees:
             "num_features": np.array([self.num_features_], dtype=np.int64),
             "num_trees": np.array(self.num_trees_, dtype=np.int64),
         }
-        save_state(folder, self, shape | with_prefix("labels", self._label_scaler.arrays()))
+        earlier = {} if self.earlier_ is None else self.earlier_.save(folder)
+        save_state(folder, self, shape | earlier | with_prefix("labels", self._label_scaler.arrays()))
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -142,6 +162,7 @@ class InfluenceTrees:
         surrogate.num_features_ = int(arrays["num_features"][0])
         surrogate.num_trees_ = [int(size) for size in arrays["num_trees"]]
         surrogate._label_scaler = LabelScaler.from_arrays(without_prefix("labels", arrays))
+        surrogate.earlier_ = Continuation.load(folder, arrays, cls)
         surrogate.boosters_ = []
         for column in range(len(surrogate.num_trees_)):
             path = _booster_path(folder, column)
@@ -151,6 +172,11 @@ class InfluenceTrees:
                 )
             surrogate.boosters_.append(lgb.Booster(model_str=path.read_text(encoding="utf-8")))
         return surrogate
+
+    @property
+    def num_targets_(self) -> int:
+        """Number of targets C of the fit."""
+        return len(self.boosters_)
 
     def _splits(self, data: TrainingData) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
         """Return (training rows, validation rows) of as many folds as give enough validation texts."""
@@ -202,6 +228,9 @@ def _booster_path(folder: Path, column: int) -> Path:
 def _correlation(scores: NDArray[np.float64], dataset: lgb.Dataset) -> tuple[str, float, bool]:
     """Return Pearson's correlation in the form that LightGBM asks for; 0 where scores or labels are constant."""
     labels = np.asarray(dataset.get_label(), dtype=np.float64)
-    scores, labels = scores - scores.mean(), labels - labels.mean()
+    given = dataset.get_weight()
+    weights = None if given is None else np.asarray(given, dtype=np.float64)
+    root = 1.0 if weights is None else np.sqrt(weights)
+    scores, labels = (scores - weighted_mean(scores, weights)) * root, (labels - weighted_mean(labels, weights)) * root
     norm = np.sqrt((scores @ scores) * (labels @ labels))
     return "correlation", float(scores @ labels / norm) if norm > 0 else 0.0, True

@@ -13,7 +13,7 @@ import oracle
 import surrogate
 from oracle.errors import InputError, MismatchError, MissingFileError
 from surrogate import corpora
-from surrogate.pipeline import Run, parse_options, parse_plugin
+from surrogate.pipeline import Run
 from surrogate.training.small_models import build_model, train_tokenizer
 
 
@@ -154,18 +154,6 @@ def test_model_state_by_name_gets_the_runs_own_model_and_targets(world, tmp_path
     run.label(lm, {"skill": world["target"]}, sample_size=40, model_path=world["model"])
     predictor = run.fit(["text_stats", "model_state:states=false"], "ridge")
     assert predictor.encoders[1].feature_names()[-1] == "last_layer.skill"
-
-
-def test_options_on_the_command_line():
-    assert parse_plugin("hashed_ngrams:dim=64,word_ngrams=1-2") == ("hashed_ngrams", {"dim": 64, "word_ngrams": "1-2"})
-    assert parse_plugin("trees") == ("trees", {})
-    assert parse_options(["max_grad_norm=1.0", "similarity=cosine", "per_text=true"]) == {
-        "max_grad_norm": 1.0,
-        "similarity": "cosine",
-        "per_text": True,
-    }
-    with pytest.raises(InputError, match="option=value"):
-        parse_options(["temperature"])
 
 
 def test_a_predictor_of_earlier_labels_is_not_used_silently(world, tmp_path):

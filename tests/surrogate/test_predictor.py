@@ -165,3 +165,120 @@ def test_what_cannot_be_used_is_refused(fitted, tmp_path):
     _, texts, labels = fitted
     with pytest.raises(InputError, match="one source per text"):
         surrogate.InfluencePredictor("text_stats", "ridge").fit(texts, labels, sources=["a"])
+
+
+def small(name="ridge", **options):
+    return surrogate.InfluencePredictor([HashedNgrams(dim=64, word_ngrams="1")], name, num_folds=3, **options)
+
+
+def test_older_labels_on_another_scale_help_where_new_ones_are_few():
+    texts, labels = planted(330)
+    noisy = labels.values + 8 * np.random.default_rng(0).normal(size=labels.values.shape)
+    labels = Labels.from_values(noisy, labels.text_ids, labels.target_names)
+    new, old = labels.take(labels.text_ids[:30]), labels.take(labels.text_ids[30:])
+    old = Labels.from_values(0.01 * old.values + 5.0, old.text_ids, old.target_names)
+    judge, truth = planted(200, seed=4)
+    alone, helped = small().fit(texts, new), small().fit(texts, new, older=[(old, 0.5)])
+    found = [np.corrcoef(predictor.predict(judge)[:, 0], truth.values[:, 0])[0, 1] for predictor in (alone, helped)]
+    assert found[1] > found[0] + 0.05
+    assert helped.fidelity_.surrogate[0].spearman > alone.fidelity_.surrogate[0].spearman
+    assert helped.held_out_.text_ids == alone.held_out_.text_ids == new.text_ids
+    assert abs(np.median(helped.predict(judge)[:, 0]) - np.median(truth.values[:, 0])) < 3  # in the units of the new labels
+
+
+def test_a_texts_own_older_label_never_helps_its_held_out_score():
+    """Old labels equal the new ones, and both are noise: only memory could predict them."""
+    texts, labels = planted(120)
+    noise = Labels.from_values(np.random.default_rng(1).normal(size=(120, 1)), labels.text_ids, ["noise"])
+    predictor = surrogate.InfluencePredictor([HashedNgrams(dim=512)], "ridge").fit(texts, noise, older=[(noise, 1.0)])
+    assert predictor.fidelity_.surrogate[0].spearman < 0.2
+
+
+def test_fidelity_is_measured_on_judged_texts_alone():
+    texts, labels = planted(100)
+    values = labels.values.copy()
+    values[50:] = np.random.default_rng(0).normal(size=(50, 2))
+    mixed = Labels.from_values(values, labels.text_ids, labels.target_names)
+    weights = np.where(np.arange(100) < 50, 1.0, 0.01)
+    good, bad = (
+        small().fit(texts, mixed, sample_weight=weights, judged=ids) for ids in (labels.text_ids[:50], labels.text_ids[50:])
+    )
+    assert good.held_out_.text_ids == labels.text_ids[:50] and good.fidelity_.surrogate[0].num_texts == 50
+    assert good.fidelity_.surrogate[0].spearman > 0.5 > bad.fidelity_.surrogate[0].spearman
+    assert good.fidelity_.surrogate[0].num_sources_within == 2
+    np.testing.assert_array_equal(good.predict(texts), bad.predict(texts))
+
+
+def test_weights_of_one_and_judging_by_all_change_no_byte():
+    texts, labels = planted(60)
+    plain = small().fit(texts, labels)
+    same = small().fit(texts, labels, sample_weight=np.ones(60), judged=labels.text_ids, older=())
+    assert np.asarray(plain.predict(texts)).tobytes() == np.asarray(same.predict(texts)).tobytes()
+    assert plain.fidelity_.as_dict() == same.fidelity_.as_dict()
+
+
+def test_labels_of_weight_zero_are_judged_but_not_learned_from():
+    texts, labels = planted(80)
+    values = labels.values.copy()
+    values[40:] += 1000.0
+    spoilt = Labels.from_values(values, labels.text_ids, labels.target_names)
+    weights = np.where(np.arange(80) < 40, 1.0, 0.0)
+    weighed = small().fit(texts, spoilt, sample_weight=weights)
+    alone = small().fit(texts, labels.take(labels.text_ids[:40]))
+    np.testing.assert_array_equal(weighed.predict(texts), alone.predict(texts))
+    assert len(weighed.held_out_) == 80
+
+
+def two_times():
+    """Texts with labels at two times: labels of the first 120 at time 1, of 40 others at time 2."""
+    texts, labels = planted(160)
+    noisy = labels.values + 8 * np.random.default_rng(0).normal(size=labels.values.shape)
+    labels = Labels.from_values(noisy, labels.text_ids, labels.target_names)
+    return texts, labels.take(labels.text_ids[:120]), labels.take(labels.text_ids[120:])
+
+
+@pytest.mark.parametrize("name", ["ridge", "trees", "network"])
+def test_a_warm_start_helps_held_out_and_is_saved(name, tmp_path):
+    texts, old, new = two_times()
+    judge, truth = planted(200, seed=4)
+    earlier, cold = small(name).fit(texts, old), small(name).fit(texts, new)
+    warm = small(name).fit(texts, new, warm_start=earlier)
+    found = [np.corrcoef(predictor.predict(judge)[:, 0], truth.values[:, 0])[0, 1] for predictor in (cold, warm)]
+    assert found[1] > found[0] + 0.02
+    assert warm.fidelity_.surrogate[0].spearman > cold.fidelity_.surrogate[0].spearman
+    assert warm.held_out_.text_ids == new.text_ids
+    warm.save(tmp_path / "predictor")
+    loaded = surrogate.InfluencePredictor.load(tmp_path / "predictor")
+    assert np.asarray(loaded.predict(judge)).tobytes() == np.asarray(warm.predict(judge)).tobytes()
+    assert loaded.fitted_text_ids_ == warm.fitted_text_ids_ == sorted([*old.text_ids, *new.text_ids])
+
+
+def test_a_warm_start_that_saw_judged_texts_is_refused_also_at_third_hand():
+    texts, old, new = two_times()
+    earlier = small().fit(texts, old)
+    later = small().fit(texts, new, warm_start=earlier)
+    mixed = Labels.from_values(
+        np.concatenate([old.values[:20], new.values]), [*old.text_ids[:20], *new.text_ids], new.target_names
+    )
+    with pytest.raises(InputError, match="fitted on 20 of 60 judged"):
+        small().fit(texts, mixed, warm_start=earlier)
+    small().fit(texts, mixed, warm_start=earlier, judged=new.text_ids)
+    with pytest.raises(InputError, match="fitted on 20 of 20 judged"):
+        small().fit(texts, mixed, warm_start=later, judged=old.text_ids[:20])
+    helped = small().fit(texts, new, older=[(old, 0.5)])
+    with pytest.raises(InputError, match="judged"):
+        small().fit(texts, old, warm_start=helped)
+
+
+def test_a_warm_start_with_other_features_targets_or_surrogate_is_refused():
+    texts, old, new = two_times()
+    earlier = small().fit(texts, old)
+    with pytest.raises(MismatchError, match="features of"):
+        surrogate.InfluencePredictor([HashedNgrams(dim=32)], "ridge").fit(texts, new, warm_start=earlier)
+    with pytest.raises(InputError, match="warm_start is a RidgeSurrogate"):
+        small("trees").fit(texts, new, warm_start=earlier)
+    with pytest.raises(MismatchError, match="warm_start predicts"):
+        swapped = Labels.from_values(new.values, new.text_ids, new.target_names[::-1])
+        small().fit(texts, swapped, warm_start=earlier)
+    with pytest.raises(InputError, match="not been fitted"):
+        small().fit(texts, new, warm_start=small())

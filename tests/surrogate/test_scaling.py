@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy.stats import norm, rankdata
 
+from oracle.comparison import average_ranks
 from oracle.errors import InputError, NotFiniteError
-from surrogate.scaling import LABEL_SCALES, MAX_KNOTS, FeatureScaler, LabelScaler, average_ranks
+from surrogate.scaling import LABEL_SCALES, MAX_KNOTS, FeatureScaler, LabelScaler, robust_location_scale
 
 
 def heavy_tailed(num_texts=300, seed=0):
@@ -125,3 +126,59 @@ def test_feature_scaler_refuses_bad_input():
         FeatureScaler().fit(np.eye(2)).transform(np.zeros((1, 3)))
     with pytest.raises(NotFiniteError):
         FeatureScaler().fit([[np.inf]])
+
+
+def weighted(num_texts=60, seed=0):
+    """Values with ties, whole weights, and the same with each row as often as its weight says."""
+    rng = np.random.default_rng(seed)
+    values = np.round(rng.standard_t(3, size=(num_texts, 3)), 1)
+    values[:, 2] = 0.1
+    weights = rng.integers(1, 4, size=num_texts).astype(float)
+    return values, weights, np.repeat(values, weights.astype(int), axis=0)
+
+
+@pytest.mark.parametrize("method", LABEL_SCALES)
+def test_a_label_of_weight_two_is_a_label_twice(method):
+    y, weights, repeated = weighted()
+    np.testing.assert_allclose(
+        LabelScaler(method).fit(y, weights).transform(y), LabelScaler(method).fit(repeated).transform(y), atol=1e-12
+    )
+    assert method == "none" or not np.allclose(
+        LabelScaler(method).fit(y, weights).transform(y), LabelScaler(method).fit(y).transform(y)
+    )
+
+
+@pytest.mark.parametrize("num_texts", [4, 5, 60])
+def test_weighted_location_and_scale_are_those_of_repeated_rows(num_texts):
+    y, weights, repeated = weighted(num_texts)
+    for found, expected in zip(robust_location_scale(y, weights), robust_location_scale(repeated), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+    assert robust_location_scale(y, weights)[1][2] == 0.0
+
+
+def test_a_feature_row_of_weight_two_is_that_row_twice():
+    x, weights, repeated = weighted()
+    np.testing.assert_allclose(
+        FeatureScaler().fit(x, weights=weights).transform(x), FeatureScaler().fit(repeated).transform(x), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_relevance_takes_weighted_correlations_less_one_over_the_effective_number():
+    rng = np.random.default_rng(1)
+    x, weights = rng.normal(size=(200, 5)), rng.random(200) + 0.1
+    y = x[:, :2] + rng.normal(size=(200, 2))
+    share = weights / weights.sum()
+    centred_x, centred_y = x - share @ x, y - share @ y
+    spread = np.sqrt(np.outer(share @ centred_x**2, share @ centred_y**2))
+    squared = ((centred_x.T @ (share[:, None] * centred_y) / spread) ** 2).mean(axis=1)
+    relevance = np.sqrt(np.maximum(squared - (share**2).sum(), 0) + 1e-4)
+    found = FeatureScaler().fit(x, y, weights=weights).arrays()["relevance"]
+    np.testing.assert_allclose(found, relevance / np.sqrt((relevance**2).mean()), rtol=1e-9)
+
+
+@pytest.mark.parametrize("weights", [None, np.ones(60)])
+def test_many_tiny_weights_leave_the_table_finite_and_increasing(weights):
+    y, _, _ = weighted()
+    weights = None if weights is None else np.where(np.arange(60) % 2, 1.0, 1e-9)
+    arrays = LabelScaler("rank").fit(y[:, :1], weights).arrays()
+    assert np.isfinite(arrays["knot_quantiles"]).all() and (np.diff(arrays["knot_quantiles"]) > 0).all()

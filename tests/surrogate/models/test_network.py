@@ -7,7 +7,7 @@ import torch
 from oracle.errors import InputError, NotFiniteError
 from surrogate.fidelity import spearman
 from surrogate.models import training_data
-from surrogate.models.network import InfluenceNetwork
+from surrogate.models.network import InfluenceNetwork, _gate
 from surrogate.models.ridge import RidgeSurrogate
 from surrogate.scaling import FeatureScaler, LabelScaler
 from surrogate.splits import grouped_holdout
@@ -145,3 +145,66 @@ def test_diverging_training_is_an_error_and_not_a_prediction():
     X, y, _ = data("linear", 60)
     with pytest.raises(NotFiniteError, match="diverged"):
         InfluenceNetwork(label_scale="none", ensemble=1).fit(X[:60], 1e25 * y)
+
+
+def test_the_gate_counts_a_text_by_its_weight():
+    rng = np.random.default_rng(0)
+    targets, linear = rng.normal(size=(2, 30, 2))
+    outputs = torch.from_numpy(2.0 * targets - linear + 0.5 * rng.normal(size=(30, 2))).float()
+    counts = rng.integers(1, 4, size=30)
+    repeats = np.repeat(np.arange(30), counts)
+    expected = _gate(targets[repeats], linear=linear[repeats], outputs=outputs[repeats], counts=np.ones(len(repeats)))
+    found = _gate(targets, linear=linear, outputs=outputs, counts=counts.astype(float))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert (found > 0).all() and (found < 1).all()
+
+
+def test_the_size_of_all_weights_means_nothing_to_the_members():
+    X, y, _ = data("nonlinear", 100)
+    options = {"ensemble": 1, "max_epochs": 5, "linear_path": False}
+    weights = np.random.default_rng(1).integers(1, 5, size=100) / 4
+    one, eight = (InfluenceNetwork(**options).fit(X[:100], y, sample_weight=size * weights).predict(X) for size in (1, 8))
+    np.testing.assert_array_equal(one, eight)
+
+
+def test_members_go_on_from_the_weights_and_the_scaler_of_earlier_ones():
+    X, y, _ = data("nonlinear", 200)
+    options = {"ensemble": 2, "max_epochs": 3, "hidden": "8"}
+    earlier = InfluenceNetwork(**options).fit(X[:100], y[:100])
+    frozen = InfluenceNetwork(**{**options, "learning_rate": 1e-12}).fit(X[100:200], y[100:], warm_start=earlier)
+    moved = InfluenceNetwork(**{**options, "max_epochs": 30}).fit(X[100:200], y[100:], warm_start=earlier)
+    for member, still, changed in zip(earlier.members_, frozen.members_, moved.members_, strict=True):
+        for name, array in member.arrays().items():
+            np.testing.assert_allclose(still.arrays()[name], array, atol=1e-8)
+            assert np.array_equal(changed.arrays()[name], array) or not name.startswith("features.")
+    assert any(
+        not np.array_equal(changed.weights[0], member.weights[0])
+        for member, changed in zip(earlier.members_, moved.members_, strict=True)
+    )
+
+
+def test_an_earlier_member_that_training_does_not_improve_is_kept():
+    X, y, _ = data("linear", 200)
+    options = {"ensemble": 1, "max_epochs": 3, "hidden": "8", "dropout": 0.0}
+    earlier = InfluenceNetwork(**options).fit(X[:200], y)
+    spoiling = InfluenceNetwork(**{**options, "learning_rate": 0.9}).fit(X[:200], y, warm_start=earlier)
+    for kept, member in zip(spoiling.members_, earlier.members_, strict=True):
+        np.testing.assert_array_equal(kept.weights[0], member.weights[0])
+
+
+def test_a_warm_start_of_another_shape_is_refused():
+    X, y, _ = data("linear", 60)
+    earlier = InfluenceNetwork(ensemble=1, max_epochs=1, hidden="8").fit(X[:60], y)
+    InfluenceNetwork(ensemble=1, max_epochs=1, hidden=(8,)).fit(X[:60], y, warm_start=earlier)
+    with pytest.raises(InputError, match=r"widths=\[8\]"):
+        InfluenceNetwork(ensemble=1, max_epochs=1, hidden="8,4").fit(X[:60], y, warm_start=earlier)
+    with pytest.raises(InputError, match="ensemble=1"):
+        InfluenceNetwork(ensemble=2, max_epochs=1, hidden="8").fit(X[:60], y, warm_start=earlier)
+
+
+def test_a_constant_target_is_exact_from_a_warm_start_without_the_linear_path():
+    X, y, _ = data("linear", 60)
+    options = {"ensemble": 1, "max_epochs": 5, "linear_path": False}
+    earlier = InfluenceNetwork(**options).fit(X[:60], np.stack([y, -y], axis=1))
+    network = InfluenceNetwork(**options).fit(X[:60], np.stack([y, np.full(60, 0.1)], axis=1), warm_start=earlier)
+    np.testing.assert_array_equal(network.predict(X)[:, 1], np.float32(0.1))

@@ -118,3 +118,15 @@ def test_two_groups_are_enough_to_choose_a_penalty_for_weighed_features():
     X, y = data(20, 30)
     model = RidgeSurrogate().fit(X, y, groups=np.arange(20) // 19)
     assert np.isfinite(model.predict(X)).all() and (model.alphas_ > 0).all()
+
+
+@pytest.mark.parametrize("label_scale", ["rank", "robust", "none"])
+@pytest.mark.parametrize("shape", [(60, 15), (30, 50)])
+def test_a_text_of_weight_two_is_that_text_twice(shape, label_scale):
+    X, y = data(*shape)
+    weights = 1 + np.arange(len(X)) % 2
+    options = {"alpha": 7.0, "weigh_features": False, "label_scale": label_scale}
+    repeats = np.repeat(np.arange(len(X)), weights)
+    found = RidgeSurrogate(**options).fit(X, y, sample_weight=weights).predict(X)
+    np.testing.assert_allclose(found, RidgeSurrogate(**options).fit(X[repeats], y[repeats]).predict(X), rtol=1e-4, atol=1e-4)
+    assert np.abs(found - RidgeSurrogate(**options).fit(X, y).predict(X)).max() > 1e-2

@@ -160,6 +160,119 @@ def test_bad_input_is_refused_in_three_parts(name, fitted, tmp_path):
         make(name, label_scale="ranks")
 
 
+def test_weights_of_one_change_no_byte(name):
+    X, y = linear_data()
+    plain, ones = (make(name).fit(X, y, sample_weight=weights).predict(X) for weights in (None, np.ones(len(X))))
+    assert plain.tobytes() == ones.tobytes()
+
+
+@pytest.mark.parametrize("little", [0.0, 1e-12])
+def test_rows_of_weight_zero_are_absent(name, little):
+    X, y = linear_data()
+    rng = np.random.default_rng(0)
+    weights = np.where(rng.random(len(X)) < 0.3, little, rng.integers(1, 3, size=len(X)) / 2)
+    used, groups = weights > little, np.arange(len(X)) // 2
+    y[~used] += 100.0
+    all_rows = make(name).fit(X, y, groups=groups, sample_weight=weights).predict(X)
+    alone = make(name).fit(X[used], y[used], groups=groups[used], sample_weight=weights[used]).predict(X)
+    assert all_rows.tobytes() == alone.tobytes()
+
+
+def test_texts_of_little_weight_are_outvoted(name):
+    X, y = linear_data(240, 8, noise=0.1)
+    X_new, truth = linear_data(100, 8, seed=1, noise=0.0)
+    y[::2] *= -1.0
+    for even, sign in ((0.05, 1), (20.0, -1)):
+        scores = make(name).fit(X, y, sample_weight=np.where(np.arange(240) % 2, 1.0, even)).predict(X_new)
+        assert all(sign * rank_correlation(scores[:, column], truth[:, column]) > 0.5 for column in range(2))
+
+
+def test_row_order_does_not_matter_where_equal_rows_have_unequal_weights(name):
+    X, y = linear_data(60)
+    X, y, weights = np.concatenate([X, X]), np.concatenate([y, y]), np.linspace(0.5, 2.0, 120)
+    groups, order = np.tile(np.arange(60), 2), np.random.default_rng(0).permutation(120)
+    first = make(name).fit(X, y, groups=groups, sample_weight=weights).predict(X)
+    again = make(name).fit(X[order], y[order], groups=groups[order], sample_weight=weights[order]).predict(X)
+    assert first.tobytes() == again.tobytes()
+
+
+def test_weights_that_cannot_be_used_are_refused(name):
+    X, y = linear_data(30)
+    weights = np.ones(30)
+    for bad in (np.ones(29), np.ones((30, 1)), np.where(np.arange(30), 1.0, np.nan), np.where(np.arange(30), 1.0, -1.0)):
+        with pytest.raises(InputError, match="sample_weight"):
+            make(name).fit(X, y, sample_weight=bad)
+    weights[9:] = 0.0
+    with pytest.raises(InputError, match="9 labelled texts of positive weight"):
+        make(name).fit(X, y, sample_weight=weights)
+    with pytest.raises(InputError, match="0 labelled texts of positive weight"):
+        make(name).fit(X, y, sample_weight=0 * weights)
+
+
+def drifted(num_texts, seed, *, kept=0.7):
+    """Features, noisy labels of two times whose truths correlate by `kept`, and the later truth."""
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(num_texts, 60)).astype(np.float32)
+    then = X[:, :20].sum(axis=1, dtype=np.float64) / np.sqrt(20)
+    now = kept * then + np.sqrt(1 - kept**2) * X[:, 20:40].sum(axis=1) / np.sqrt(20)
+    noise = rng.normal(size=(2, num_texts))
+    return X, (then + noise[0])[:, None], (5.0 + 0.01 * (now + noise[1]))[:, None], now
+
+
+def test_a_warm_start_helps_where_influence_has_drifted_and_harms_little_where_it_is_new(name):
+    X, then, _, _ = drifted(400, 0)
+    earlier = make(name).fit(X, then)
+    for kept, least in ((0.95, 0.05), (0.0, -0.1)):
+        X_now, _, labels, _ = drifted(60, 1, kept=kept)
+        X_test, _, _, truth = drifted(600, 2, kept=kept)
+        cold, warm = (
+            rank_correlation(make(name).fit(X_now, labels, warm_start=start).predict(X_test)[:, 0], truth)
+            for start in (None, earlier)
+        )
+        assert warm > cold + least
+
+
+def test_a_warm_start_is_repeatable_whatever_the_row_order_and_is_saved(name, tmp_path):
+    X, then, now, _ = drifted(160, 0)
+    earlier = make(name).fit(X[:80], then[:80])
+    order = 80 + np.random.default_rng(0).permutation(80)
+    weights = np.random.default_rng(1).random(160)
+    first = make(name).fit(X[80:], now[80:], sample_weight=weights[80:], warm_start=earlier)
+    again = make(name).fit(X[order], now[order], sample_weight=weights[order], warm_start=earlier)
+    assert first.predict(X).tobytes() == again.predict(X).tobytes()
+    first.save(tmp_path)
+    loaded = type(first).load(tmp_path)
+    assert loaded.predict(X).tobytes() == first.predict(X).tobytes()
+    further, same = (make(name).fit(X[:80], now[:80], warm_start=start) for start in (first, loaded))
+    assert further.predict(X).tobytes() == same.predict(X).tobytes()
+
+
+@pytest.mark.parametrize("label_scale", ["rank", "robust", "none"])
+def test_a_warm_start_keeps_a_constant_target_exact(name, label_scale):
+    X, y = linear_data()
+    earlier = make(name, label_scale=label_scale).fit(X, y)
+    X_now, y_now = linear_data(seed=5)
+    y_now[:, 1] = 0.1
+    scores = make(name, label_scale=label_scale).fit(X_now, y_now, warm_start=earlier).predict(X_now)
+    assert rank_correlation(scores[:, 0], y_now[:, 0]) > 0.5
+    np.testing.assert_array_equal(scores[:, 1], np.float32(0.1))
+
+
+def test_a_warm_start_from_something_else_is_refused(name, fitted):
+    X, y = linear_data()
+    other = next(surrogate for other, surrogate in fitted.items() if other != name)
+    for start, bad_X, bad_y, match in [
+        (other, X, y, "warm_start is a"),
+        (make(name), X, y, "not been fitted"),
+        (fitted[name], X[:, 1:], y, "features=20"),
+        (fitted[name], X, y[:, :1], "targets=2"),
+    ]:
+        with pytest.raises(InputError, match=match):
+            make(name).fit(bad_X, bad_y, warm_start=start)
+    with pytest.raises(InputError, match="label_scale"):
+        make(name, label_scale="none").fit(X, y, warm_start=fitted[name])
+
+
 def test_ten_texts_and_more_features_than_texts_are_enough(name):
     X, y = linear_data(num_texts=10, num_features=40)
     assert np.isfinite(make(name).fit(X, y).predict(X)).all()

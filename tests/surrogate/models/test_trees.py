@@ -7,7 +7,7 @@ import pytest
 from oracle.errors import InputError, MissingFileError
 from surrogate.models import training_data
 from surrogate.models.ridge import RidgeSurrogate
-from surrogate.models.trees import InfluenceTrees
+from surrogate.models.trees import InfluenceTrees, _correlation
 
 
 def data(num_texts=150, num_features=30, seed=0):
@@ -98,3 +98,25 @@ def test_a_missing_booster_file_is_named(tmp_path):
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(InputError, match=next(iter(options))):
         InfluenceTrees(**options)
+
+
+def test_a_text_of_weight_two_is_that_text_twice_in_a_tree():
+    X, y, _ = data(60)
+    X = np.round(2 * X) / 2  # fewer values than bins: bins are cut by counting rows
+    weights = 1 + np.arange(60) % 2
+    repeats = np.repeat(np.arange(60), weights)
+    options = {"num_trees": 5, "min_trees": 5, "validation_folds": 0, "bagging": 1.0, "feature_fraction": 1.0, "min_leaf_size": 1}
+    found = InfluenceTrees(**options).fit(X, y, sample_weight=weights).predict(X)
+    np.testing.assert_allclose(found, InfluenceTrees(**options).fit(X[repeats], y[repeats]).predict(X), rtol=1e-4, atol=1e-5)
+    assert np.abs(found - InfluenceTrees(**options).fit(X, y).predict(X)).max() > 1e-3
+
+
+def test_the_validation_correlation_counts_a_text_by_its_weight():
+    rng = np.random.default_rng(0)
+    scores, labels, weights = rng.normal(size=40), rng.normal(size=40), rng.integers(1, 4, size=40)
+    dataset = lgb.Dataset(rng.normal(size=(40, 2)), label=labels, weight=weights, params={"verbosity": -1}).construct()
+    repeats = np.repeat(np.arange(40), weights)
+    expected = np.corrcoef(scores[repeats], labels[repeats])[0, 1]
+    _, found, higher_is_better = _correlation(scores, dataset)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert higher_is_better

@@ -1,0 +1,92 @@
+"""From a ranking of the pool to the texts of one round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from surrogate.scores import Scores
+from surrogate.selection import Budget, Selection, select
+from surrogate.training.round_store import HeldRanking, mean_by_target
+from surrogate.training.sampling import draw_order
+
+RANDOM = "random"  # the target name of an order that looks at nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How texts are taken from a ranking.
+
+    Attributes:
+        text_ids: N ids of the pool.
+        rule: Selection rule.
+        rule_options: Its options.
+        allow_low_fidelity: Whether to select by scores at chance.
+        seed: Seed of the rule and of the order at random.
+    """
+
+    text_ids: Sequence[str]
+    rule: str
+    rule_options: Mapping[str, Any]
+    allow_low_fidelity: bool
+    seed: int
+
+    def at_random(self, candidates: np.ndarray) -> HeldRanking:
+        """Rank candidates (M,) by hashes of their ids."""
+        ids = [self.text_ids[row] for row in candidates]
+        values = np.empty((len(ids), 1), dtype=np.float32)
+        values[draw_order(ids, f"{self.seed}:order"), 0] = -np.arange(len(ids))
+        return HeldRanking(-1, Scores(values, text_ids=ids, target_names=[RANDOM]))
+
+    def select(
+        self, held: HeldRanking, candidates: np.ndarray, *, size: Mapping[str, int], token_counts: np.ndarray | None
+    ) -> Selection:
+        """Take the best of the candidates (M,) that the ranking knows.
+
+        Args:
+            held: The ranking.
+            candidates: Row numbers of the pool.
+            size: `num_texts` or `num_tokens`; less is taken where there is less.
+            token_counts: (N,) tokens of the pool's texts, for `num_tokens`.
+
+        Raises:
+            LowFidelityError: The scores are at chance for a target that the rule looks at.
+        """
+        rows = {self.text_ids[row]: row for row in candidates}
+        places = [place for place, text_id in enumerate(held.scores.text_ids) if text_id in rows]
+        ids = [held.scores.text_ids[place] for place in places]
+        counts, budget = None, Budget(texts=min(size.get("num_texts", len(ids)), len(ids)))
+        if token_counts is not None:
+            counts = token_counts[[rows[text_id] for text_id in ids]]
+            budget = Budget(tokens=min(size["num_tokens"], int(counts.sum())))
+        labels, is_random = held.labels, held.round < 0
+        if labels is not None:
+            labels = labels.take([text_id for text_id in labels.text_ids if text_id in rows])
+        return select(
+            Scores(np.asarray(held.scores)[places], text_ids=ids, target_names=held.scores.target_names, num_tokens=counts),
+            budget=budget,
+            rule="top" if is_random else self.rule,
+            labels=labels if labels is not None and len(labels) else None,
+            fidelity=held.fidelity,
+            allow_low_fidelity=self.allow_low_fidelity,
+            seed=self.seed,
+            **({} if is_random else self.rule_options),
+        )
+
+
+def describe(held: HeldRanking, selection: Selection, *, num_candidates: int) -> dict[str, Any]:
+    """What the table of rounds says of a selection; influence is in label units, the mean over texts."""
+    fidelity, is_random = held.fidelity, held.round < 0
+    return {
+        "ranked_in_round": held.round,
+        "num_texts": len(selection),
+        "num_candidates": num_candidates,
+        "by_label": selection.reasons.count("label"),
+        "influence_selected": {} if is_random else mean_by_target(selection.values, selection.target_names),
+        "influence_candidates": {} if is_random else mean_by_target(np.asarray(held.scores), held.scores.target_names),
+        "fidelity": {} if fidelity is None else {row.target: row.spearman for row in fidelity.surrogate},
+        "noise_ceiling": {} if fidelity is None else dict(fidelity.noise_ceiling),
+    }

@@ -1,0 +1,352 @@
+"""Plan a run before anything is spent: oracle, labels, refreshes and features that keep `max_overhead`.
+
+From the sizes of model, pool, target sets and training follow the costs (`cost_model`); a stated rule (`plan_search`)
+chooses. A plan promises what is counted. What it expects of fidelity was measured once, on another model and pool, and is
+no promise: the fidelity that a refresh measures is what counts. Everything assumed stands in `Plan.assumptions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oracle.errors import InputError, check_at_least, check_choice
+from surrogate.training.cost_model import TOKENS_PER_SECOND, Rates, Sizes
+from surrogate.training.overhead import Cost, check_share
+from surrogate.training.plan_reasons import alternatives, assumptions, fit_reason, remedy, rounded_up, shares
+from surrogate.training.plan_search import (
+    MAX_REFRESHES,
+    METHODS,
+    MIN_LABELS,
+    NUM_PROBE,
+    PREFERENCES,
+    TEXT,
+    Alternative,
+    Choices,
+    Search,
+)
+from surrogate.training.sizes import ModelSize, measure_rates, pool_size, target_size
+
+if TYPE_CHECKING:
+    from oracle.language_model import LanguageModel
+
+ENCODERS = (*TEXT, "sentence", "model_state")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to do, what it will cost, and what else there was.
+
+    Attributes:
+        fits: Whether it keeps the promise; if not, this is the cheapest plan that is worth its cost.
+        reason: What it costs, or why nothing fits and which `max_overhead` would do.
+        remedy: What to do about that; "" where it fits.
+        max_overhead: The promise.
+        choices: Oracle, labels, refreshes, features and surrogate.
+        costs: Cost of every stage over the whole run; 0 seconds of models where their speed is not known.
+        overhead: All of it as a share of training, by unit; None where unknown.
+        training: FLOPs and seconds of the training; 0 seconds where its speed is not known.
+        spearman: Held-out agreement that was measured of the like elsewhere; None for what was not measured.
+        alternatives: What was not chosen, and why.
+        assumptions: What was assumed, in sentences.
+        sizes: The numbers it was made from.
+    """
+
+    fits: bool
+    reason: str
+    remedy: str
+    max_overhead: float
+    choices: Choices
+    costs: dict[str, Cost]
+    overhead: dict[str, float | None]
+    training: Cost
+    spearman: float | None
+    alternatives: list[Alternative]
+    assumptions: list[str]
+    sizes: Sizes
+    proxy: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def smallest_max_overhead(self) -> float:
+        """The smallest promise that this plan would keep, rounded up to three digits."""
+        return rounded_up(max(share for share in self.overhead.values() if share is not None))
+
+    def table(self) -> str:
+        """Return the plan for people, a few lines of text."""
+        chosen, sizes = self.choices, self.sizes
+        head = [
+            f"training: {sizes.training_tokens:,.0f} tokens, {self.training.flops:.3g} FLOPs; pool: {sizes.num_texts:,} texts of "
+            f"{sizes.text_tokens:.0f} tokens; targets: {sizes.num_targets} of {sizes.target_tokens:,.0f} tokens in all",
+            f"{'plan' if self.fits else 'NO PLAN FITS; the cheapest'}: {chosen.method}, {chosen.sample_size} labels at each of "
+            f"{chosen.num_refreshes} refreshes (every {chosen.refresh_every} of {sizes.num_rounds} rounds), {chosen.features}, "
+            f"{chosen.surrogate}; expected Spearman {_number(self.spearman)}",
+            self.reason,
+            f"{'stage':<28}{'FLOPs':>10}{'share':>9}{'seconds':>10}{'share':>9}",
+        ]
+        rows = {**self.costs, "in all": sum(self.costs.values(), Cost())}
+        stages = [
+            f"{name:<28}{cost.flops:>10.2e}{_percent(cost.flops, self.training.flops):>9}"
+            f"{_seconds(self.seconds(cost)):>10}{_percent(cost.seconds, self.training.seconds):>9}"
+            for name, cost in rows.items()
+        ]
+        others = [f"- {other.what}{_in_brackets(other)}: {other.reason}" for other in self.alternatives]
+        assumed = [f"- {assumption}" for assumption in self.assumptions]
+        return "\n".join([*head, *stages, "not chosen:", *others, "assumed:", *assumed])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        stages = {name: {"flops": cost.flops, "seconds": self.seconds(cost)} for name, cost in self.costs.items()}
+        total = sum(self.costs.values(), Cost())
+        return {
+            "fits": self.fits,
+            "reason": self.reason,
+            "remedy": self.remedy,
+            "max_overhead": self.max_overhead,
+            "overhead": self.overhead,
+            **asdict(self.choices),
+            "num_probe": self.choices.num_probe,
+            "round_tokens": self.sizes.training_tokens / self.sizes.num_rounds,
+            "expected_spearman": self.spearman,
+            "stages": stages,
+            "total": {"flops": total.flops, "seconds": self.seconds(total)},
+            "training": {"flops": self.training.flops, "seconds": self.seconds(self.training)},
+            "alternatives": [asdict(other) for other in self.alternatives],
+            "assumptions": self.assumptions,
+            "sizes": asdict(self.sizes),
+        }
+
+    def seconds(self, cost: Cost) -> float | None:
+        """Seconds of a cost; None where a model takes part in it and the speed of training is not known."""
+        return None if cost.flops and not self.training.seconds else cost.seconds
+
+    def refresher_options(self, *, targets: Any = None) -> dict[str, Any]:
+        """Return keyword arguments for `Refresher`.
+
+        Args:
+            targets: The target sets, for the features of a proxy model; None leaves its influence on them out.
+
+        Raises:
+            InputError: The plan does not fit, or the proxy model was given by its size only.
+        """
+        chosen = self.choices
+        if not self.fits:
+            raise InputError(f"{self.reason}.", "a plan that fits", f"{self.remedy}, and plan again.")
+        options: dict[str, Any] = {
+            "method": chosen.method,
+            "sample_size": chosen.sample_size,
+            "encoder": [self._encoder(name, targets) for name in chosen.encoder],
+            "surrogate": chosen.surrogate,
+            "num_rounds": self.sizes.num_rounds,
+            "max_overhead": self.max_overhead,
+        }
+        if chosen.second_encoder:
+            options["second_encoder"] = [self._encoder(name, targets) for name in chosen.second_encoder]
+            options["second_share"] = chosen.second_share
+        if chosen.num_refreshes == 1:
+            return {"strategy": "static", **options}
+        return {"strategy": "refresh", "refresh_every": chosen.refresh_every, "num_probe": NUM_PROBE, **options}
+
+    def _encoder(self, name: str, targets: Any) -> Any:
+        if name != "proxy":
+            return name
+        if isinstance(self.proxy, (int, float)):
+            raise InputError(
+                f"the plan has features of a proxy model of {self.proxy:g} parameters, and no such model.",
+                "proxy=<LanguageModel, folder or hub name>",
+                "plan with the proxy model itself.",
+            )
+        from surrogate.features.model_state import ModelState
+
+        return ModelState(model=str(self.proxy) if isinstance(self.proxy, Path) else self.proxy, targets=targets)
+
+
+def plan(
+    model: LanguageModel | str | Path | float,
+    pool: Any = None,
+    targets: Any = None,
+    *,
+    training_tokens: float,
+    num_pool_texts: int | None = None,
+    text_tokens: float | None = None,
+    target_tokens: float | None = None,
+    num_targets: int | None = None,
+    num_rounds: int = MAX_REFRESHES,
+    proxy: LanguageModel | str | Path | float | None = None,
+    max_tokens: int | None = None,
+    method: str | None = None,
+    encoders: Sequence[str] = ENCODERS,
+    prefer: str = "labels",
+    training_flops_per_second: float | None = None,
+    texts_per_second: Mapping[str, float] | None = None,
+    measure: bool = False,
+    max_overhead: float = 0.1,
+) -> Plan:
+    """Choose oracle, sample size, refreshes and features that keep a promise on cost, without a pass of any model.
+
+    Args:
+        model: The model that is trained: a LanguageModel, a folder or hub name (its config is read), or its number of
+            parameters.
+        pool: The pool, anything `read_texts` takes; or give `num_pool_texts` and `text_tokens`.
+        targets: Target sets as `oracle.label` takes them; or give `target_tokens`.
+        training_tokens: Tokens to train on in all: steps times texts per step times tokens per text.
+        num_pool_texts: In the place of `pool`, how many texts it has.
+        text_tokens: Mean tokens of a text after cutting.
+        target_tokens: In the place of `targets`, the tokens of all target sets together.
+        num_targets: How many target sets; 1 where nothing is said.
+        num_rounds: Rounds of the training; a refresh comes at the beginning of one.
+        proxy: A smaller model whose `model_state` features may be used, given like `model`.
+        max_tokens: Where texts are cut; None as the model does it.
+        method: Oracle method; None chooses.
+        encoders: Encoders that may be used beside the proxy; hashed_ngrams and text_stats always are.
+        prefer: What is bought first: "labels" (refreshes and labels) or "features".
+        training_flops_per_second: Speed of training. Without it the promise on time is judged only as the run goes on.
+        texts_per_second: Measured speeds of hashed_ngrams, text_stats, sentence or score, in the place of assumed ones.
+        measure: Time 64 texts of the pool through the encoders and the model now; needs a LanguageModel and `pool`.
+        max_overhead: What labels, features, fitting and scoring may cost, as a share of training, in FLOPs and in seconds.
+
+    Returns:
+        The plan. Where even the smallest one passes the promise, `fits` is False and `reason` has the figures.
+
+    Raises:
+        InputError: A number is missing, given twice or unusable, or an option is unknown.
+
+    Example:
+        >>> found = plan(1e9, num_pool_texts=2_000_000, text_tokens=500, training_tokens=2e8, target_tokens=50_000)
+        >>> found.choices.num_refreshes, found.choices.sample_size, round(found.overhead["flops"], 3)
+        (8, 2000, 0.043)
+    """
+    check_share("max_overhead", max_overhead)
+    check_choice("prefer", prefer, PREFERENCES)
+    check_at_least("num_rounds", num_rounds, 1)
+    for name in encoders:
+        check_choice("encoders", name, ENCODERS)
+    if method is not None:
+        check_choice("method", method, METHODS)
+    sizes = _read_sizes(
+        model,
+        {"pool": pool, "num_pool_texts": num_pool_texts, "text_tokens": text_tokens},
+        {"targets": targets, "target_tokens": target_tokens, "num_targets": num_targets},
+        training_tokens=training_tokens,
+        num_rounds=num_rounds,
+        proxy=proxy,
+        max_tokens=max_tokens,
+    )
+    rates = Rates(training_flops_per_second=training_flops_per_second, texts_per_second=dict(texts_per_second or {}))
+    if measure:
+        rates = _measured(model, pool, encoders, rates, has_texts=sizes.has_texts)
+    search = Search(
+        sizes=sizes,
+        rates=rates,
+        max_overhead=max_overhead,
+        methods=tuple(METHODS) if method is None else (method,),
+        encoders=(*TEXT, *encoders, *(() if proxy is None else ("proxy",))),
+        prefer=prefer,
+    )
+    chosen = search.best()
+    return Plan(
+        fits=search.fits(chosen),
+        reason=fit_reason(search, chosen),
+        remedy="" if search.fits(chosen) else remedy(search, chosen),
+        max_overhead=max_overhead,
+        choices=chosen,
+        costs=search.costs(chosen),
+        overhead=search.overhead(chosen),
+        training=search.training(),
+        spearman=search.spearman(chosen),
+        alternatives=alternatives(search, chosen),
+        assumptions=assumptions(search, chosen),
+        sizes=sizes,
+        proxy=proxy,
+    )
+
+
+def _read_sizes(
+    model: Any,
+    pool: Mapping[str, Any],
+    targets: Mapping[str, Any],
+    *,
+    training_tokens: float,
+    num_rounds: int,
+    proxy: Any,
+    max_tokens: int | None,
+) -> Sizes:
+    """Read what was given as an object and check what was given as a number."""
+    size = ModelSize(model, max_tokens=max_tokens)
+    small = None if proxy is None else ModelSize(proxy, max_tokens=max_tokens, name="proxy")
+    assumed = [*size.assumptions, *(small.assumptions if small else [])]
+    if _is_read("pool", pool, ("num_pool_texts", "text_tokens")):
+        num_texts, text_tokens, has_texts, more = pool_size(size, pool["pool"])
+        assumed += more
+    else:
+        num_texts, text_tokens, has_texts = pool["num_pool_texts"], pool["text_tokens"], True
+    if _is_read("targets", targets, ("target_tokens",), also=("num_targets",)):
+        target_tokens, num_targets = target_size(size, targets["targets"])
+    else:
+        target_tokens, num_targets = targets["target_tokens"], targets["num_targets"] or 1
+    check_at_least("the number of texts of the pool", num_texts, MIN_LABELS + NUM_PROBE)
+    for name, value in (("text_tokens", text_tokens), ("training_tokens", training_tokens), ("target_tokens", target_tokens)):
+        check_at_least(name, value, 1)
+    check_at_least("num_targets", num_targets, 1)
+    return Sizes(
+        forward_flops_per_token=size.forward_flops_per_token,
+        head_parameters=size.head_parameters,
+        num_texts=int(num_texts),
+        text_tokens=float(text_tokens),
+        training_tokens=float(training_tokens),
+        target_tokens=float(target_tokens),
+        num_targets=int(num_targets),
+        num_rounds=num_rounds,
+        proxy_flops_per_token=None if small is None else small.forward_flops_per_token,
+        proxy_head_parameters=0.0 if small is None else small.head_parameters,
+        has_texts=has_texts,
+        assumptions=tuple(dict.fromkeys(assumed)),
+    )
+
+
+def _is_read(name: str, given: Mapping[str, Any], numbers: Sequence[str], *, also: Sequence[str] = ()) -> bool:
+    """Whether the object itself was given; if not, all the numbers have to be, and if so, none of them."""
+    is_read = given[name] is not None
+    present = [number for number in (*numbers, *also) if given[number] is not None]
+    if (is_read and present) or (not is_read and not set(numbers) <= set(present)):
+        raise InputError(
+            f"{name} was {'given' if is_read else 'not given'}, with {', '.join(present) or 'no number'} for its size.",
+            f"either {name}, or {' and '.join(numbers)}",
+            "give one of the two.",
+        )
+    return is_read
+
+
+def _measured(model: Any, pool: Any, encoders: Sequence[str], rates: Rates, *, has_texts: bool) -> Rates:
+    """Time what was not given; what was given stays."""
+    if not hasattr(model, "preserved") or pool is None:
+        raise InputError(
+            "measure=True without a model that can run, or without texts.",
+            "a LanguageModel and pool=...",
+            "pass both, or measure=False and training_flops_per_second=... where it is known.",
+        )
+    timed = [
+        name for name in dict.fromkeys((*TEXT, *encoders)) if name in TOKENS_PER_SECOND and (has_texts or name != "sentence")
+    ]
+    measured = measure_rates(model, pool, encoders=timed)
+    return Rates(
+        training_flops_per_second=rates.training_flops_per_second or measured.training_flops_per_second,
+        texts_per_second={**measured.texts_per_second, **rates.texts_per_second},
+    )
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.2f}"
+
+
+def _in_brackets(other: Alternative) -> str:
+    return f" ({shares(other.share)}, Spearman {_number(other.spearman)})" if other.share else ""
+
+
+def _seconds(value: float | None) -> str:
+    return "?" if value is None else f"{value:.1f}"
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{part / whole:.2%}" if whole else "?"

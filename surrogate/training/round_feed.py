@@ -1,0 +1,219 @@
+"""Between a `Refresher` and a training loop: at which step which round begins, what it shows, and how much was trained.
+
+A round is `every` optimiser steps. At its first step the refresher chooses; within it, after a resume, the choice that
+stands on disk is shown again. FLOPs of training are counted as 3 forward passes over every token (a step backward costs
+twice a step forward), seconds are those that the loop reports; both are sums over all processes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from oracle.errors import MismatchError, check_at_least
+from surrogate.training.full_precision import without_autocast
+from surrogate.training.pool_texts import PoolTexts
+from surrogate.training.refresher import Refresher, Round
+from surrogate.training.selected_dataset import SelectedDataset
+from surrogate.training.streaming import StreamRefresher
+
+if TYPE_CHECKING:
+    from oracle.language_model import LanguageModel
+
+FLOPS_PER_FORWARD = 3.0  # forward and backward
+LENGTH_SAMPLE = 512  # texts whose mean length stands for the pool's
+METRIC_PREFIX = "influence/"
+
+
+class RefreshFailedWarning(UserWarning):
+    """A refresh failed, and training goes on with the ranking before."""
+
+
+class RoundFeed:
+    """Show the texts of each round in a dataset, and keep account of the training.
+
+    Args:
+        refresher: Chooses.
+        dataset: Where the chosen texts are shown; its length is one round over all processes.
+        texts: The pool's texts as tokens, to count them.
+        every: Optimiser steps of a round.
+        world_size: Processes that train.
+        max_steps: Steps of the whole training, where they are known.
+        keep_autocast: Leave the mixed precision that Accelerate has put around the model in place while it is measured.
+    """
+
+    def __init__(
+        self,
+        refresher: Refresher | StreamRefresher,
+        dataset: SelectedDataset,
+        texts: PoolTexts,
+        *,
+        every: int,
+        world_size: int = 1,
+        max_steps: int | None = None,
+        keep_autocast: bool = False,
+    ) -> None:
+        check_at_least("every", every, 1)
+        self.refresher, self.dataset, self.texts = refresher, dataset, texts
+        self.every, self.world_size, self.max_steps, self.keep_autocast = every, world_size, max_steps, keep_autocast
+        self.present: Round | None = None
+        self._tokens_before, self._tokens_of_round = 0, 0  # trained on before the present round; shown in it
+        self._seconds = 0.0
+        self._mean_tokens: tuple[int, float] | None = None  # version of the texts, and their mean length
+
+    # ------------------------------------------------------------------ rounds
+
+    def enter(self, step: int, lm: LanguageModel) -> tuple[Round, bool]:
+        """Show the texts of the round that `step` lies in; choose them if it is its first step.
+
+        Args:
+            step: Optimiser steps done so far.
+            lm: The live model and its optimiser; they are left as they are.
+
+        Returns:
+            The round, and whether it begins now.
+
+        Raises:
+            MissingFileError: Training was resumed within a round that is not in the workdir.
+        """
+        index, offset = divmod(step, self.every)
+        begins = offset == 0
+        wanted = index if begins else index + 1
+        if self.refresher.num_rounds_done != wanted:
+            self.refresher.rewind(wanted)
+        if begins:
+            self._tokens_before += self._tokens_of_round if index else 0
+            self._tokens_of_round = 0
+            with nullcontext() if self.keep_autocast else without_autocast(lm.module):
+                self.present = self._next(step, lm)
+        else:
+            self.present = self.refresher.round_at(index)
+        self.dataset.select(self.present.rows)
+        self._tokens_of_round = self._count(self.present)
+        if begins and self.present.record["failure"]:
+            warnings.warn(
+                f"the refresh at step {step} failed, and training goes on without it: {self.present.record['failure']}",
+                RefreshFailedWarning,
+                stacklevel=3,
+            )
+        return self.present, begins
+
+    def _next(self, step: int, lm: LanguageModel) -> Round:
+        if isinstance(self.refresher, StreamRefresher):
+            self.refresher.open_next()
+        if self.dataset.row_tokens is None:
+            size = {"num_texts": self.dataset.num_items}
+        else:
+            size = {"num_tokens": self._tokens_to_ask_for()}
+        per_token = FLOPS_PER_FORWARD * lm.forward_flops_per_token
+        coming = per_token * self._tokens_per_round()
+        return self.refresher.next_round(
+            lm,
+            **size,
+            step=step,
+            trained_flops=per_token * self._tokens_before,
+            trained_seconds=self._seconds * self.world_size,
+            coming_flops=coming,
+            planned_flops=None if self.max_steps is None else coming * self.max_steps / self.every,
+        )
+
+    # ------------------------------------------------------------------ account
+
+    def add_seconds(self, seconds: float) -> None:
+        """Count wall-clock seconds of training, of this process."""
+        self._seconds += seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs, as JSON values; rounds themselves are in the refresher's workdir."""
+        return {
+            "every": self.every,
+            "num_items": self.dataset.num_items,
+            "refresher": self.refresher.state_dict(),
+            "tokens_before": self._tokens_before,
+            "tokens_of_round": self._tokens_of_round,
+            "seconds": self._seconds,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            MismatchError: It is of a training with rounds of another size, or of another workdir.
+            MissingFileError: The rounds are not in the workdir.
+        """
+        for name, value in (("every", self.every), ("num_items", self.dataset.num_items)):
+            if state[name] != value:
+                raise MismatchError(
+                    f"the checkpoint has rounds of {name}={state[name]}, and now {name}={value}.",
+                    "the same steps per round and items per step (batch size, accumulation, processes) as before",
+                    "go on with these, or begin a new training.",
+                )
+        self.refresher.load_state_dict(state["refresher"])
+        self._tokens_before, self._tokens_of_round = int(state["tokens_before"]), int(state["tokens_of_round"])
+        self._seconds = float(state["seconds"])
+
+    def forget(self) -> None:
+        """Go back to the beginning of training."""
+        self.refresher.rewind(0)
+        self._tokens_before, self._tokens_of_round, self._seconds = 0, 0, 0.0
+
+    # ------------------------------------------------------------------ tokens
+
+    def _count(self, chosen: Round) -> int:
+        """Tokens that the round shows, with repeats."""
+        if self.dataset.row_tokens is not None:
+            return self.dataset.num_items * self.dataset.row_tokens
+        lengths = np.array([len(text.input_ids) for text in self.texts.encode(chosen.rows.tolist())])
+        return int(np.resize(lengths, self.dataset.num_items).sum())  # resize repeats from the beginning, as the dataset does
+
+    def _tokens_per_round(self) -> float:
+        """About how many tokens a round shows."""
+        if self.dataset.row_tokens is not None:
+            return float(self.dataset.num_items * self.dataset.row_tokens)
+        return self.dataset.num_items * self._mean_length()
+
+    def _tokens_to_ask_for(self) -> int:
+        """Tokens of texts that fill a round of packed rows, together with about as many separators as they bring."""
+        assert self.dataset.row_tokens is not None
+        rows, separators = self.dataset.num_items * self.dataset.row_tokens, 0 if self.dataset.separator is None else 1
+        mean = max(self._mean_length(), 1.0)
+        return max(int(rows * mean / (mean + separators)), 1)
+
+    def _mean_length(self) -> float:
+        """Mean tokens of the pool's texts, by a sample of them at equal distances."""
+        version, num_texts = self.texts.version, len(self.texts.pool)
+        if self._mean_tokens is None or self._mean_tokens[0] != version:
+            rows = np.unique(np.linspace(0, num_texts - 1, min(LENGTH_SAMPLE, num_texts)).astype(int))
+            self._mean_tokens = version, float(np.mean([len(text.input_ids) for text in self.texts.encode(rows.tolist())]))
+        return self._mean_tokens[1]
+
+
+def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return what loggers are told of a round: flat names, numbers only; what was not measured is left out.
+
+    `fidelity`, `noise_ceiling`, `selected` and `candidates` (mean predicted influence, in label units) by target; `drift`
+    is 1 minus the rank agreement of the probe's old and new labels; `overhead` is the share of the training so far.
+    """
+    told: dict[str, Any] = {
+        "round": record["index"],
+        "refreshed": int(record["refreshed"]),
+        "failed": int(record["failure"] is not None),
+        "texts": record["num_texts"],
+        "labels": record["num_labels"],
+        "seconds": record["seconds"],
+        "drift": (record["drift"] or {}).get("labels"),
+    }
+    for name, key in (
+        ("fidelity", "fidelity"),
+        ("noise_ceiling", "noise_ceiling"),
+        ("selected", "influence_selected"),
+        ("candidates", "influence_candidates"),
+        ("overhead", "overhead"),
+        ("overhead_planned", "overhead_planned"),
+    ):
+        told |= {f"{name}/{target}": value for target, value in (record[key] or {}).items()}
+    return {METRIC_PREFIX + name: float(value) for name, value in told.items() if value is not None}

@@ -1,0 +1,152 @@
+"""Rounds on disk: what was chosen, by which ranking, why, and what it cost.
+
+    refresher.json  rounds.jsonl  round-00003/{ranking/, selection.parquet, round.json}
+
+`round.json` is written last, so its existence means complete. A ranking in the making lies in `ranking/` with the identity
+of what it is made from, and is thrown away when that changes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oracle.artifacts import atomic_path, read_json, require_same, write_json
+from oracle.errors import MissingFileError
+from oracle.labels import Labels
+from surrogate.fidelity import Fidelity
+from surrogate.scores import Scores
+from surrogate.selection import Selection
+from surrogate.training.strategies import Ranking
+
+OPTIONS_FILE, TABLE_FILE, ROUND_FILE, SELECTION_FILE = "refresher.json", "rounds.jsonl", "round.json", "selection.parquet"
+
+
+@dataclass(frozen=True)
+class HeldRanking:
+    """A ranking in use: the round it was made in (-1 for an order at random), and what it says."""
+
+    round: int
+    scores: Scores
+    labels: Labels | None = None
+    fidelity: Fidelity | None = None
+
+
+class RoundStore:
+    """The folder of a refresher.
+
+    Args:
+        folder: Made when first written to.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def claim(self, options: Mapping[str, Any]) -> None:
+        """Keep the options of the run, or refuse those of another one.
+
+        Raises:
+            MismatchError: The folder was made with other options, another pool or other targets.
+        """
+        path = self.folder / OPTIONS_FILE
+        if path.exists():
+            require_same(read_json(path), options, where=self.folder)
+        else:
+            write_json(path, dict(options))
+
+    def round_folder(self, index: int) -> Path:
+        """Where a round's files are."""
+        return self.folder / f"round-{index:05d}"
+
+    def ranking_folder(self, index: int) -> Path:
+        """Where the files of the refresh at the start of a round are."""
+        return self.round_folder(index) / "ranking"
+
+    def stored(self, index: int, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the record of a finished round with this identity; None where there is none."""
+        path = self.round_folder(index) / ROUND_FILE
+        record = read_json(path) if path.exists() else None
+        return record if record is not None and record["identity"] == dict(identity) else None
+
+    def records(self, num_rounds: int) -> list[dict[str, Any]]:
+        """Return the records of the first rounds.
+
+        Raises:
+            MissingFileError: There are not so many.
+        """
+        paths = [self.round_folder(index) / ROUND_FILE for index in range(num_rounds)]
+        missing = [path for path in paths if not path.exists()]
+        if missing:
+            raise MissingFileError(
+                f"there is no file {missing[0]}, and training has come to round {num_rounds}.",
+                "the workdir of the run that is resumed",
+                "name the workdir that the interrupted run had, or train from the start.",
+            )
+        return [read_json(path) for path in paths]
+
+    def selected_ids(self, index: int) -> list[str]:
+        """Return the text_ids of a finished round, best first."""
+        import pyarrow.parquet as pq
+
+        return list(pq.read_table(self.round_folder(index) / SELECTION_FILE, columns=["text_id"])["text_id"].to_pylist())
+
+    def begin_ranking(self, index: int, identity: Mapping[str, Any]) -> None:
+        """Keep what a refresh in the making has finished if it is of the same identity, and nothing else."""
+        path = self.ranking_folder(index) / "identity.json"
+        if not (path.exists() and read_json(path) == dict(identity)):
+            shutil.rmtree(self.ranking_folder(index), ignore_errors=True)
+            write_json(path, dict(identity))
+
+    def save_ranking(self, index: int, ranking: Ranking) -> None:
+        """Keep a ranking for the rounds that follow."""
+        folder = self.ranking_folder(index)
+        ranking.scores.save(folder / "scores.parquet")
+        if ranking.labels is not None:
+            ranking.labels.save(folder / "used_labels")
+        write_json(folder / "ranking.json", {"fidelity": None if ranking.fidelity is None else ranking.fidelity.as_dict()})
+
+    def load_ranking(self, index: int) -> HeldRanking:
+        """Return the ranking that was made at the start of a round."""
+        folder = self.ranking_folder(index)
+        fidelity = read_json(folder / "ranking.json")["fidelity"]
+        return HeldRanking(
+            index,
+            Scores.load(folder / "scores.parquet"),
+            Labels.load(folder / "used_labels") if (folder / "used_labels").exists() else None,
+            None if fidelity is None else Fidelity.from_dict(fidelity),
+        )
+
+    def write(self, record: Mapping[str, Any], selection: Selection, earlier: list[dict[str, Any]]) -> None:
+        """Finish a round; later ones, which followed from another past, go."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        index = int(record["index"])
+        table = pa.table(
+            {
+                "text_id": selection.text_ids,
+                "reason": selection.reasons,
+                "combined": selection.combined,
+                **{name: selection.values[:, column] for column, name in enumerate(selection.target_names)},
+            }
+        )
+        with atomic_path(self.round_folder(index) / SELECTION_FILE) as partial:
+            pq.write_table(table, partial)
+        for later in self.folder.glob("round-*"):
+            if int(later.name.removeprefix("round-")) > index:
+                shutil.rmtree(later)
+        lines = [json.dumps(row, ensure_ascii=False) for row in [*earlier, dict(record)]]
+        with atomic_path(self.folder / TABLE_FILE) as partial:
+            partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_json(self.round_folder(index) / ROUND_FILE, dict(record))
+
+
+def mean_by_target(values: np.ndarray, names: list[str]) -> dict[str, float]:
+    """Mean of each column of (K, C) values, by name; nothing where there are no rows."""
+    return {name: float(np.mean(values[:, column])) for column, name in enumerate(names)} if len(values) else {}

@@ -1,0 +1,371 @@
+"""The refresher: rounds that follow from content and state, texts offered once, refreshes when due, failures survived."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from oracle.errors import InputError, MismatchError, MissingFileError, NotFiniteError
+from oracle.labels import Labels
+from oracle.language_model import LanguageModel
+from oracle.texts import list_text_ids, read_texts
+from surrogate.fidelity import measure_fidelity
+from surrogate.scores import Scores
+from surrogate.training.refresher import Refresher
+from surrogate.training.schedule import Schedule
+from surrogate.training.strategies import Ranking, RankingContext
+from tests.conftest import VOCABULARY, build_module
+
+NUM_TEXTS = 120
+REFRESH = {"sample_size": 40, "num_probe": 12, "encoder": ("hashed_ngrams",), "num_folds": 2, "allow_low_fidelity": True}
+
+
+def rows_of_tokens(count: int, *, seed: int) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    return [{"input_ids": rng.integers(1, VOCABULARY, size=int(rng.integers(6, 20))).tolist()} for _ in range(count)]
+
+
+POOL = rows_of_tokens(NUM_TEXTS, seed=0)
+TARGETS = {"a": rows_of_tokens(6, seed=1), "b": rows_of_tokens(6, seed=2)}
+
+
+def language_model(*, seed: int = 0) -> LanguageModel:
+    torch.manual_seed(seed)
+    module = build_module("llama")
+    lm = LanguageModel(module, None, torch.optim.AdamW(module.parameters(), lr=1e-3), max_tokens=32)
+    train(lm, read_texts(POOL[:16]))
+    return lm
+
+
+def train(lm: LanguageModel, texts: Any) -> None:
+    assert lm.optimizer is not None
+    lm.module.train()
+    for batch in lm.batches(lm.encode(texts)):
+        lm.text_losses(batch).mean().backward()
+        lm.optimizer.step()
+        lm.optimizer.zero_grad()
+
+
+@dataclass(kw_only=True)
+class Counting:
+    """Scores by the order of text_ids; counts how often it was asked, and fails when told to."""
+
+    plugin_name: ClassVar[str] = "counting"
+    needs_model: ClassVar[bool] = False
+    needs_targets: ClassVar[bool] = False
+    adapts: ClassVar[bool] = True
+    redraws: ClassVar[bool] = False
+    sample_size: ClassVar[int] = 10
+
+    fails_at: tuple[int, ...] = ()
+    at_chance: bool = False
+
+    def __post_init__(self) -> None:
+        self.asked: list[int] = []
+
+    def rank(self, context: RankingContext) -> Ranking:
+        ids = list_text_ids(context.candidate_texts())
+        number = len(context.earlier)
+        self.asked.append(number)
+        if len(self.asked) - 1 in self.fails_at:
+            raise NotFiniteError("a loss is NaN.", "finite losses", "lower the rate.")
+        values = np.array([[int(text_id[:6], 16)] for text_id in ids], dtype=np.float32) * (-1) ** number
+        fidelity = None
+        if self.at_chance:
+            from surrogate.fidelity import Fidelity
+
+            rng = np.random.default_rng(0)
+            rows = measure_fidelity(rng.normal(size=(50, 1)), rng.normal(size=(50, 1)), target_names=["x"])
+            fidelity = Fidelity(surrogate_name="ridge", surrogate=rows, ridge=rows, constant=rows)
+        return Ranking(
+            scores=Scores(values, text_ids=ids, target_names=["x"]),
+            fidelity=fidelity,
+            costs={"label": {"seconds": 1.0, "flops": 10.0}},
+            facts={"num_labelled": 10},
+        )
+
+
+def counting(tmp_path: Path, strategy: Counting | None = None, **options: Any) -> Refresher:
+    return Refresher(POOL, workdir=tmp_path, strategy=strategy or Counting(), **options)
+
+
+def test_the_best_texts_come_first_and_no_text_comes_twice_in_a_pass(tmp_path: Path) -> None:
+    refresher = counting(tmp_path, Counting(), refresh_every=100)
+    rounds = [refresher.next_round(num_texts=30) for _ in range(4)]
+    seen = [text_id for made in rounds for text_id in made.text_ids]
+    assert len(set(seen)) == NUM_TEXTS
+    assert seen == sorted(seen, key=lambda text_id: -int(text_id[:6], 16))
+    assert [refresher.text_ids[row] for row in rounds[2].rows] == rounds[2].text_ids
+    again = refresher.next_round(num_texts=30)
+    assert again.record["starts_pass"] and again.text_ids != rounds[0].text_ids  # ranked anew, in the other direction
+
+
+def test_a_spent_pool_begins_anew_with_all_texts(tmp_path: Path) -> None:
+    refresher = counting(tmp_path)
+    sizes = [len(refresher.next_round(num_texts=50).rows) for _ in range(3)]
+    assert sizes == [50, 50, 50]  # 20 are left after two rounds: too few
+    assert [record["starts_pass"] for record in refresher.table()] == [False, False, True]
+
+
+def test_repeating_offers_the_same_texts_in_every_round(tmp_path: Path) -> None:
+    refresher = counting(tmp_path, refresh_every=100, consume_once=False)
+    assert refresher.next_round(num_texts=30).text_ids == refresher.next_round(num_texts=30).text_ids
+
+
+def test_refreshes_come_on_schedule(tmp_path: Path) -> None:
+    refresher = counting(tmp_path, refresh_every=2)
+    for _ in range(5):
+        refresher.next_round(num_texts=10)
+    assert [record["refreshed"] for record in refresher.table()] == [True, False, True, False, True]
+    assert [record["ranked_in_round"] for record in refresher.table()] == [0, 0, 2, 2, 4]
+
+
+@pytest.mark.parametrize(("options", "first"), [({"warmup_fraction": 0.25}, 1), ({"final_fraction": 0.5}, 2)])
+def test_random_texts_before_selection_begins(tmp_path: Path, options: dict[str, float], first: int) -> None:
+    refresher = counting(tmp_path, num_rounds=4, **options)
+    rounds = [refresher.next_round(num_texts=10) for _ in range(4)]
+    assert [made.record["ranked_in_round"] for made in rounds] == [-1] * first + list(range(first, 4))
+    assert rounds[0].text_ids != sorted(rounds[0].text_ids, key=lambda text_id: -int(text_id[:6], 16))
+
+
+def test_a_token_budget_takes_at_most_so_many_tokens(tmp_path: Path) -> None:
+    lm = language_model()
+    refresher = counting(tmp_path)
+    made = refresher.next_round(lm, num_tokens=200)
+    lengths = {text_id: len(row["input_ids"]) for text_id, row in zip(refresher.text_ids, POOL, strict=True)}
+    assert 180 <= sum(lengths[text_id] for text_id in made.text_ids) <= 200
+
+
+def test_a_resumed_run_reads_its_rounds_and_is_asked_nothing(tmp_path: Path) -> None:
+    first = counting(tmp_path, refresh_every=2)
+    rounds = [first.next_round(num_texts=20) for _ in range(3)]
+    state = json.loads(json.dumps(first.state_dict()))
+    rounds += [first.next_round(num_texts=20) for _ in range(2)]
+
+    strategy = Counting()
+    second = counting(tmp_path, strategy, refresh_every=2)
+    second.load_state_dict(state)
+    assert second.num_rounds_done == 3 and second.round_at(1).text_ids == rounds[1].text_ids
+    again = [second.next_round(num_texts=20) for _ in range(2)]
+    assert [made.text_ids for made in again] == [made.text_ids for made in rounds[3:]]
+    assert strategy.asked == []
+    assert second.table() == first.table()
+
+
+def test_a_run_from_the_start_reads_its_rounds_too(tmp_path: Path) -> None:
+    first = counting(tmp_path)
+    rounds = [first.next_round(num_texts=20) for _ in range(3)]
+    strategy = Counting()
+    second = counting(tmp_path, strategy)
+    assert [second.next_round(num_texts=20).text_ids for _ in range(3)] == [made.text_ids for made in rounds]
+    assert strategy.asked == []
+
+
+def test_a_round_of_another_size_is_made_anew_and_later_ones_go(tmp_path: Path) -> None:
+    first = counting(tmp_path)
+    for _ in range(3):
+        first.next_round(num_texts=20)
+    second = counting(tmp_path)
+    assert len(second.next_round(num_texts=10).rows) == 10
+    assert not (tmp_path / "round-00001").exists()
+    assert len((tmp_path / "rounds.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    first = counting(tmp_path / "one")
+    first.next_round(num_texts=20)
+    second = counting(tmp_path / "two")
+    with pytest.raises(MissingFileError, match=r"round\.json"):
+        second.load_state_dict(first.state_dict())
+    second.next_round(num_texts=10)
+    with pytest.raises(MismatchError, match="not those of the checkpoint"):
+        second.load_state_dict(first.state_dict())
+
+
+def test_a_workdir_of_other_options_is_refused(tmp_path: Path) -> None:
+    counting(tmp_path).next_round(num_texts=20)
+    with pytest.raises(MismatchError, match="seed: stored 0, asked 1"):
+        counting(tmp_path, seed=1).next_round(num_texts=20)
+
+
+def test_a_failing_refresh_goes_on_with_the_ranking_before(tmp_path: Path) -> None:
+    strategy = Counting(fails_at=(1,))
+    refresher = counting(tmp_path, strategy)
+    rounds = [refresher.next_round(num_texts=10) for _ in range(3)]
+    assert [made.record["ranked_in_round"] for made in rounds] == [0, 0, 2]
+    assert "a loss is NaN" in rounds[1].record["failure"]
+    expected = sorted(refresher.text_ids, key=lambda text_id: -int(text_id[:6], 16))
+    assert rounds[1].text_ids == expected[10:20]
+
+
+def test_a_failing_first_refresh_goes_on_with_random_texts_and_stop_stops(tmp_path: Path) -> None:
+    made = counting(tmp_path / "on", Counting(fails_at=(0,))).next_round(num_texts=10)
+    assert made.record["ranked_in_round"] == -1 and not made.record["refreshed"]
+    with pytest.raises(NotFiniteError, match="a loss is NaN"):
+        counting(tmp_path / "stop", Counting(fails_at=(0,)), on_failure="stop").next_round(num_texts=10)
+
+
+def test_scores_at_chance_are_not_selected_by(tmp_path: Path) -> None:
+    made = counting(tmp_path / "no", Counting(at_chance=True)).next_round(num_texts=10)
+    assert "LowFidelityError" in made.record["failure"] and made.record["ranked_in_round"] == -1
+    assert made.record["costs"]["label"]["flops"] == 10.0  # spent all the same
+    allowed = counting(tmp_path / "yes", Counting(at_chance=True), allow_low_fidelity=True).next_round(num_texts=10)
+    assert allowed.record["failure"] is None and allowed.record["ranked_in_round"] == 0
+
+
+def test_the_overhead_forbids_a_refresh_and_says_why(tmp_path: Path) -> None:
+    refresher = counting(tmp_path, max_overhead=0.1)
+    options = {"num_texts": 10, "planned_flops": 250.0, "coming_flops": 50.0}
+    rounds = [refresher.next_round(trained_flops=50.0 * number, **options) for number in range(4)]
+    assert [made.record["refreshed"] for made in rounds] == [True, True, False, False]  # 10 FLOPs each, of 25
+    assert "refused" in rounds[2].record["reason"]
+    assert rounds[1].record["overhead_planned"]["flops"] == pytest.approx(20 / 250)
+
+
+def test_wrong_use_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="without target sets"):
+        Refresher(POOL, workdir=tmp_path)
+    with pytest.raises(InputError, match="no probe set"):
+        Refresher(POOL, TARGETS, workdir=tmp_path, drift_threshold=0.8, num_probe=0)
+    with pytest.raises(InputError, match="one of the two"):
+        counting(tmp_path, warmup_fraction=0.1, final_fraction=0.2, num_rounds=10)
+    with pytest.raises(InputError, match="num_rounds=None"):
+        counting(tmp_path, warmup_fraction=0.1)
+    with pytest.raises(InputError, match="exactly one of the two"):
+        counting(tmp_path).next_round(num_texts=1, num_tokens=1)
+    with pytest.raises(InputError, match="looks at the live model"):
+        Refresher(POOL, TARGETS, workdir=tmp_path).next_round(num_texts=5)
+
+
+# ---------------------------------------------------------------------- with a model
+
+
+def state_of(lm: LanguageModel) -> tuple[str, list[Any], bool]:
+    return lm.fingerprint(optimizer=True), torch.get_rng_state().tolist(), lm.module.training
+
+
+def test_a_refresh_leaves_weights_optimiser_and_random_state_as_they_were(tmp_path: Path) -> None:
+    lm = language_model()
+    lm.module.train()
+    torch.manual_seed(5)
+    np.random.seed(7)
+    before, numpy_before = state_of(lm), copy.deepcopy(np.random.get_state()[1])
+    refresher = Refresher(POOL, TARGETS, workdir=tmp_path, drift_threshold=0.9, **REFRESH)
+    refresher.next_round(lm, num_texts=20)
+    refresher.next_round(lm, num_texts=20)  # looks at the drift
+    assert state_of(lm) == before
+    assert (np.random.get_state()[1] == numpy_before).all()
+    assert all(parameter.grad is None for parameter in lm.module.parameters())
+
+
+def test_refreshes_use_old_labels_that_still_agree_and_never_train_on_the_probe(tmp_path: Path) -> None:
+    lm = language_model()
+    refresher = Refresher(POOL, TARGETS, workdir=tmp_path, min_agreement=-1.0, **REFRESH)
+    seen: set[str] = set()
+    for _ in range(3):
+        made = refresher.next_round(lm, num_texts=20)
+        seen |= set(made.text_ids)
+        train(lm, refresher.pool.select(made.rows))
+    probe = {refresher.text_ids[row] for row in refresher.strategy.reserved(refresher.text_ids, seed=0)}
+    assert len(probe) == 12 and not probe & seen
+    facts = [record["facts"] for record in refresher.table()]
+    assert [fact["num_older_labels"] for fact in facts[:2]] == [0, 40]
+    assert 40 < facts[2]["num_older_labels"] <= 80  # the pool has run out of texts without a label
+    assert all(-1 <= value <= 1 for value in facts[2]["agreements_with_older_labels"])
+
+
+def test_labels_that_no_longer_agree_are_dropped(tmp_path: Path) -> None:
+    lm = language_model()
+    refresher = Refresher(POOL, TARGETS, workdir=tmp_path, min_agreement=1.1, **REFRESH)
+    for _ in range(2):
+        refresher.next_round(lm, num_texts=20)
+        train(lm, read_texts(POOL[:40]))
+    assert refresher.table()[1]["facts"]["num_older_labels"] == 0
+
+
+def test_drift_is_none_at_the_same_checkpoint_and_fires_after_training_elsewhere(tmp_path: Path) -> None:
+    lm = language_model()
+    refresher = Refresher(POOL, TARGETS, workdir=tmp_path, drift_threshold=0.9, **REFRESH)
+    refresher.next_round(lm, num_texts=20)
+    still = refresher.next_round(lm, num_texts=20).record
+    assert still["drift"]["labels"] == pytest.approx(0, abs=1e-9) and not still["refreshed"]
+    assert still["costs"]["drift"]["flops"] > 0
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for parameter in lm.module.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    moved = refresher.next_round(lm, num_texts=20).record
+    assert moved["drift"]["labels"] > 0.1
+    agree, agreed = moved["drift"]["scores_agree"], moved["drift"]["scores_agreed"]
+    assert moved["refreshed"] == (agreed > 0 and agree < 0.9 * agreed)
+
+
+def test_the_drift_rule_compares_with_what_agreement_was() -> None:
+    schedule = Schedule(drift_threshold=0.8)
+    assert schedule.has_drifted({"scores": 0.47, "scores_then": 0.6})[0]
+    assert not schedule.has_drifted({"scores": 0.49, "scores_then": 0.6})[0]
+    assert not schedule.has_drifted({"scores": -0.2, "scores_then": -0.1})[0]
+
+
+def test_an_interrupted_refresh_goes_on_and_ends_with_the_same_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = language_model()
+    whole = Refresher(POOL, TARGETS, workdir=tmp_path / "whole", **REFRESH).next_round(lm, num_texts=20)
+
+    from surrogate.training import labelled_ranking
+
+    refresher = Refresher(POOL, TARGETS, workdir=tmp_path / "cut", **REFRESH)
+    with monkeypatch.context() as patch:
+        patch.setattr(labelled_ranking.LabelledRanking, "_fit_and_score", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            refresher.next_round(lm, num_texts=20)
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").rglob("labels/**/*.parquet")}
+    assert stamps
+    resumed = Refresher(POOL, TARGETS, workdir=tmp_path / "cut", **REFRESH).next_round(lm, num_texts=20)
+    assert resumed.text_ids == whole.text_ids
+    for name in ("ranking/scores.parquet", "selection.parquet"):
+        assert (tmp_path / "cut/round-00000" / name).read_bytes() == (tmp_path / "whole/round-00000" / name).read_bytes()
+
+
+def test_a_refresh_cut_off_at_other_weights_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from surrogate.training import labelled_ranking
+
+    refresher = Refresher(POOL, TARGETS, workdir=tmp_path, **REFRESH)
+    with monkeypatch.context() as patch:
+        patch.setattr(labelled_ranking.LabelledRanking, "_fit_and_score", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            refresher.next_round(language_model(), num_texts=20)
+    lm = language_model(seed=3)
+    made = Refresher(POOL, TARGETS, workdir=tmp_path, **REFRESH).next_round(lm, num_texts=20)
+    assert made.record["failure"] is None and made.record["refreshed"]
+
+
+def test_the_second_tier_sees_the_best_share_only(tmp_path: Path) -> None:
+    lm = language_model()
+    refresher = Refresher(
+        POOL, TARGETS, workdir=tmp_path, second_encoder=("model_state",), second_share=0.25, **{**REFRESH, "num_probe": 0}
+    )
+    record = refresher.next_round(lm, num_texts=20).record
+    cached = [path for path in (tmp_path / "features").iterdir() if "model_state" in path.name]
+    ids = {text_id for path in cached[0].glob("*.ids.json") for text_id in json.loads(path.read_text())}
+    assert record["facts"]["live_features"] and record["costs"]["features"]["flops"] > 0
+    assert NUM_TEXTS * 0.25 <= len(ids) <= NUM_TEXTS * 0.25 + 40  # the best share and the labelled texts
+
+
+def test_a_schedule_that_starts_at_0_is_measured_at_the_rate_it_goes_up_to(tmp_path: Path) -> None:
+    lm = language_model()
+    assert lm.optimizer is not None
+    torch.optim.lr_scheduler.LambdaLR(lm.optimizer, lambda step: float(step))
+    assert lm.optimizer.param_groups[0]["lr"] == 0.0
+    options = {**REFRESH, "method": "one_step", "sample_size": 20, "num_probe": 0}
+    record = Refresher(POOL, TARGETS, workdir=tmp_path, **options).next_round(lm, num_texts=20).record
+    assert record["refreshed"] and record["failure"] is None
+    assert lm.optimizer.param_groups[0]["lr"] == 0.0
+    labels = Labels.load(tmp_path / "round-00000/ranking/labels")
+    assert np.abs(labels.values).max() > 0
