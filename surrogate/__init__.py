@@ -32,10 +32,13 @@ _HOMES = {
     "Selection": "surrogate.selection",
     "select": "surrogate.selection",
 }
-__all__ = sorted(_HOMES)
+_SUBPACKAGES = ("attribution", "training")
+__all__ = sorted([*_HOMES, *_SUBPACKAGES])
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"surrogate.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'surrogate' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)
