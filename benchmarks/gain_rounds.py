@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--drift-threshold", type=float, default=0.8)
     parser.add_argument("--target-texts", type=int, default=48, help="target texts per set to label with")
     parser.add_argument("--judge-texts", type=int, default=48, help="target texts per set to measure the loss on")
+    parser.add_argument("--rule", default="top_share", help="selection rule of all strategies that rank")
     parser.add_argument("--surrogate", default="ridge")
     parser.add_argument("--encoder", nargs="+", default=["hashed_ngrams", "text_stats"])
     options = parser.parse_args()
@@ -213,6 +214,7 @@ def _train(
         cache=folder.parent / "features",
         num_tokens=num_tokens,
         strategy=strategy[0],
+        rule=options.rule if strategy[0] not in BLIND else "top",
         seed=seed,
         **strategy[1],
     )

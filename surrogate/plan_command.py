@@ -9,8 +9,8 @@ from typing import Any
 from oracle.errors import InputError
 from oracle.texts import read_texts
 from surrogate import corpora
+from surrogate.planning.planner import plan
 from surrogate.stages import parse_targets, read_target_paths
-from surrogate.training.planner import plan
 
 
 def plan_stage(

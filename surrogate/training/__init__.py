@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from surrogate.planning.planner import plan as plan
     from surrogate.training.callback import InfluenceCallback as InfluenceCallback
-    from surrogate.training.planner import plan as plan
     from surrogate.training.refresher import Refresher as Refresher
     from surrogate.training.rounds import Rounds as Rounds
     from surrogate.training.selected_dataset import SelectedDataset as SelectedDataset
@@ -25,7 +25,7 @@ _HOMES = {
     "SelectedDataset": "surrogate.training.selected_dataset",
     "SelectedSampler": "surrogate.training.selected_dataset",
     "StreamRefresher": "surrogate.training.streaming",
-    "plan": "surrogate.training.planner",
+    "plan": "surrogate.planning.planner",
 }
 __all__ = sorted(_HOMES)
 

@@ -35,8 +35,8 @@ from oracle.processes import working_together
 from oracle.targets import read_targets
 from oracle.texts import list_text_ids, read_texts
 from surrogate.feature_cache import FeatureCache
+from surrogate.planning.overhead import Overhead
 from surrogate.training.choice import Choice
-from surrogate.training.overhead import Overhead
 from surrogate.training.pool_state import PoolState
 from surrogate.training.round_making import RoundMaker, ranked_in
 from surrogate.training.round_store import RoundStore

@@ -16,10 +16,10 @@ from oracle.errors import LowFidelityError, NotFiniteError, TooLittleMemoryError
 from oracle.processes import OtherProcessError, Processes
 from oracle.targets import TargetSet
 from surrogate.feature_cache import FeatureCache
+from surrogate.planning.first_cost import expected_first
+from surrogate.planning.overhead import Decision, Overhead
 from surrogate.selection import Selection
 from surrogate.training.choice import Choice, describe
-from surrogate.training.first_cost import expected_first
-from surrogate.training.overhead import Decision, Overhead
 from surrogate.training.pool_state import PoolState
 from surrogate.training.round_store import HeldRanking, RoundStore
 from surrogate.training.schedule import Schedule, drift_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from oracle.errors import InputError, check_at_least
-from surrogate.training.overhead import Decision, Expected, Overhead
+from surrogate.planning.overhead import Decision, Expected, Overhead
 
 MIN_LABELS = 200  # a refresh with fewer is not worth its cost
 

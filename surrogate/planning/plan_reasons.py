@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from surrogate.training.cost_model import FIT_SECONDS, TIMED, label_costs
-from surrogate.training.overhead import UNIT_NAMES
-from surrogate.training.plan_search import (
+from surrogate.planning.cost_model import FIT_SECONDS, TIMED, label_costs
+from surrogate.planning.overhead import UNIT_NAMES
+from surrogate.planning.plan_search import (
     CASCADE_CHOICE,
     GOOD_LABELS,
     MAX_LABELS,

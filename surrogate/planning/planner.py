@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oracle.errors import InputError, check_at_least, check_choice
-from surrogate.training.cost_model import TOKENS_PER_SECOND, Rates, Sizes
-from surrogate.training.overhead import Cost, check_share
-from surrogate.training.plan_reasons import alternatives, assumptions, fit_reason, remedy, rounded_up, shares
-from surrogate.training.plan_search import (
+from surrogate.planning.cost_model import TOKENS_PER_SECOND, Rates, Sizes
+from surrogate.planning.overhead import Cost, check_share
+from surrogate.planning.plan_reasons import alternatives, assumptions, fit_reason, remedy, rounded_up, shares
+from surrogate.planning.plan_search import (
     MAX_REFRESHES,
     METHODS,
     MIN_LABELS,
@@ -27,7 +27,7 @@ from surrogate.training.plan_search import (
     Choices,
     Search,
 )
-from surrogate.training.sizes import ModelSize, measure_rates, pool_size, target_size
+from surrogate.planning.sizes import ModelSize, measure_rates, pool_size, target_size
 
 if TYPE_CHECKING:
     from oracle.language_model import LanguageModel

@@ -14,11 +14,11 @@ import numpy as np
 from oracle import plugins
 from oracle.methods import needs_of
 from oracle.texts import list_text_ids
+from surrogate.planning.cost_model import Sizes, label_costs, model_state_flops
+from surrogate.planning.overhead import Cost, Expected
+from surrogate.planning.plan_search import METHODS
+from surrogate.planning.sizes import ModelSize, target_size
 from surrogate.predictor import ENCODERS
-from surrogate.training.cost_model import Sizes, label_costs, model_state_flops
-from surrogate.training.overhead import Cost, Expected
-from surrogate.training.plan_search import METHODS
-from surrogate.training.sizes import ModelSize, target_size
 
 if TYPE_CHECKING:
     from datasets import Dataset

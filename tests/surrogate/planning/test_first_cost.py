@@ -8,8 +8,8 @@ import oracle
 from oracle.targets import read_targets
 from oracle.texts import read_texts
 from surrogate.features.model_state import ModelState
-from surrogate.training.first_cost import expected_first
-from surrogate.training.overhead import Overhead
+from surrogate.planning.first_cost import expected_first
+from surrogate.planning.overhead import Overhead
 from surrogate.training.strategies.loss import Loss
 from surrogate.training.strategies.oracle import Oracle
 from surrogate.training.strategies.random import Random

@@ -17,7 +17,7 @@ from oracle import plugins
 from oracle.errors import InputError, MissingFileError
 from oracle.targets import read_targets
 from oracle.texts import list_text_ids, plain_strings, read_texts, text_format
-from surrogate.training.cost_model import Rates
+from surrogate.planning.cost_model import Rates
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -13,9 +13,9 @@ import torch
 import oracle
 from oracle import plugins
 from oracle.errors import InputError, MissingFileError
-from surrogate.training.cost_model import Rates, label_costs
-from surrogate.training.plan_search import LABELS_MEASURED, SPEARMAN, Choices, Search
-from surrogate.training.planner import plan
+from surrogate.planning.cost_model import Rates, label_costs
+from surrogate.planning.plan_search import LABELS_MEASURED, SPEARMAN, Choices, Search
+from surrogate.planning.planner import plan
 from surrogate.training.small_models import build_model, train_tokenizer
 
 # forward 2e6 FLOPs a token: training 6e12, target gradients 6e9, a label 6e8

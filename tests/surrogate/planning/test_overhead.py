@@ -7,7 +7,7 @@ import json
 import pytest
 
 from oracle.errors import InputError, MismatchError
-from surrogate.training.overhead import Cost, Decision, Expected, Overhead
+from surrogate.planning.overhead import Cost, Decision, Expected, Overhead
 
 
 def refresh(labels: float, *, fixed: float = 0.0, features: float = 0.0, seconds: float = 0.0) -> dict:
