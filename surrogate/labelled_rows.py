@@ -161,9 +161,15 @@ class _ByRow:
         return self.surrogate.predict(self.features[self.rows.places[np.asarray(X)[:, 0]]])
 
 
-def check_older(older: Sequence[tuple[Labels, float]], labels: Labels, text_ids: Sequence[str]) -> None:
-    """Refuse older labels of other targets, of texts that are not at hand, or with a weight that cannot be used."""
+def check_labels(labels: Labels, older: Sequence[tuple[Labels, float]], text_ids: Sequence[str]) -> None:
+    """Refuse labels of other texts, and older ones of other targets, of texts not at hand, or of a weight out of range."""
     known = set(text_ids)
+    if known.isdisjoint(labels.text_ids):
+        raise MismatchError(
+            f"none of the {len(text_ids)} texts is among the {len(labels)} labelled ones.",
+            "the texts that the labels were made for",
+            "pass the sample that was given to oracle.label.",
+        )
     for old, weight in older:
         if sorted(old.target_names) != sorted(labels.target_names):
             raise MismatchError(

@@ -25,7 +25,7 @@ from surrogate.encoder_identity import ENCODERS as ENCODERS
 from surrogate.encoder_identity import as_options, check_checkpoint, check_same_features, load_encoders, save_encoders
 from surrogate.feature_cache import Encoder, FeatureCache, encode_all
 from surrogate.fidelity import Fidelity, measure_fidelity
-from surrogate.labelled_rows import LabelledRows, check_older
+from surrogate.labelled_rows import LabelledRows, check_labels
 from surrogate.models import Surrogate
 from surrogate.scores import Scores
 from surrogate.splits import near_duplicate_groups
@@ -146,13 +146,7 @@ class InfluencePredictor:
                 f"{len(sources)} sources for {len(texts)} texts.", "one source per text", "give one for each row of the sample."
             )
         all_ids = list_text_ids(texts)
-        if not set(labels.text_ids) & set(all_ids):
-            raise MismatchError(
-                f"none of the {len(texts)} texts is among the {len(labels)} labelled ones.",
-                "the texts that the labels were made for",
-                "pass the sample that was given to oracle.label.",
-            )
-        check_older(older, labels, all_ids)
+        check_labels(labels, older, all_ids)
         if sources is None and "source" in texts.column_names:
             sources = [str(source) for source in texts["source"]]
         source_of = None if sources is None else dict(zip(all_ids, sources, strict=True))
@@ -166,7 +160,7 @@ class InfluencePredictor:
             sample_weight=sample_weight,
             judged=judged,
         )
-        fitted = {rows.text_ids[place] for place in rows.places}
+        fitted = set(rows.text_ids)
         earlier = None
         if warm_start is not None:
             earlier = self._surrogate_to_start_from(warm_start, rows.judged_labels)

@@ -53,6 +53,12 @@ class InfluenceNetwork:
     Use it where influence is a smooth function of dense embeddings, where targets are several and alike, or where
     the spread of members is wanted; `trees` where single features carry thresholds. Runs on the CPU, repeatably.
 
+    A warm start trains each member on from the weights of the earlier one, whose feature scaler it keeps; the linear path and
+    the gate are fitted anew. With 300 new labels and influence that correlates by 0.7 with that of 300 old ones, Spearman was
+    0.828 (dense features) and 0.621 (sparse), against 0.811 and 0.582 from new labels only and 0.806 and 0.653 from new
+    labels and old ones of half weight; where nothing was kept 0.795, 0.805 and 0.688 (dense). It is the surrogate that a
+    warm start helps most (`benchmarks/warm_start.py`).
+
     Attributes (learned): `members_` the perceptrons; `weights_` (D, C) and `intercept_` (C,) of the linear path on
     scaled features; `gate_` (C,) the share of the members in the score; `num_features_`, `num_targets_`.
 

@@ -35,6 +35,12 @@ class RidgeSurrogate:
     Fast, hard to break, and with a few hundred labels often as good as anything; use `network` or `trees`
     where their held-out fidelity is above it.
 
+    A warm start takes the share of the earlier scores that fits the new labels best, and fits the rest: shrinkage
+    towards the earlier map in place of zero. With 300 new labels and influence that correlates by 0.7 with that of 300 old
+    ones, Spearman was 0.660 (dense features) and 0.652 (sparse), against 0.664 and 0.598 from new labels only and 0.654 and
+    0.661 from new labels and old ones of half weight; where nothing was kept 0.647, 0.651 and 0.588 (dense). So it pays
+    where features are many and sparse (`benchmarks/warm_start.py`).
+
     Attributes (learned): `weights_` (D, C) and `intercept_` (C,) for standardised features on the label scale;
     `alphas_` (C,) the penalties; `num_features_`, `num_targets_`; `earlier_` the part of earlier surrogates, or None.
 

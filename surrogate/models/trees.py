@@ -45,6 +45,12 @@ class InfluenceTrees:
     the boosters are then trained on all labelled texts. Prefer `network` where influence is a smooth function of
     dense embeddings, `ridge` where labels are few.
 
+    A warm start takes the share of the earlier scores that fits the new labels best, and grows trees on the rest. With 300
+    new labels and influence that correlates by 0.7 with that of 300 old ones, Spearman was 0.782 (dense features) and 0.620
+    (sparse), against 0.780 and 0.594 from new labels only and 0.766 and 0.652 from new labels and old ones of half weight;
+    where nothing was kept 0.749, 0.756 and 0.649 (dense). Old labels, where they still hold, are the better help, and the
+    worse harm where they do not (`benchmarks/warm_start.py`).
+
     Attributes (learned): `boosters_` C boosters, predicting on the label scale; `num_trees_` their sizes;
     `num_features_`, `num_targets_`; `earlier_` the part of earlier surrogates, or None. With one, the boosters predict
     what it leaves of the labels.

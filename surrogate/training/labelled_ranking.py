@@ -75,6 +75,13 @@ class LabelledRanking:
                 "a surrogate of several members",
                 "use surrogate='network', or sampling='stratified'.",
             )
+        if (self.warm_start or self.sampling == "uncertain") and self._has_live_features():
+            raise InputError(
+                "features of the live model beside warm_start or sampling='uncertain', which need the surrogate before: "
+                "that one knows the features of its own checkpoint only.",
+                "frozen encoders beside these options",
+                "leave model_state out, or use sampling='stratified' and warm_start=False.",
+            )
         if self.warm_start and self.num_probe and self.keep_labels:
             raise InputError(
                 "warm_start with keep_labels: the old labels would be counted twice.",
@@ -146,10 +153,13 @@ class LabelledRanking:
         """The last ranking's scores and, where the surrogate has one, its members' spread, by text."""
         if self.sampling == "random":
             return None, None
-        predictor = InfluencePredictor.load(context.earlier[-1] / "predictor", lm=context.lm, cache=context.cache)
         if self.sampling == "stratified":
-            scores = predictor.predict(texts)
-            return combine(np.asarray(scores), "sum_z", target_names=scores.target_names), None
+            scores = Scores.load(context.earlier[-1] / "scores.parquet")
+            combined = combine(np.asarray(scores), "sum_z", target_names=scores.target_names)
+            known = dict(zip(scores.text_ids, combined.tolist(), strict=True))
+            middle = float(np.median(combined))  # for texts that it did not score
+            return np.array([known.get(text_id, middle) for text_id in list_text_ids(texts)]), None
+        predictor = InfluencePredictor.load(context.earlier[-1] / "predictor", lm=context.lm, cache=context.cache)
         surrogate: Any = predictor.surrogate_
         _, spread = surrogate.predict(predictor.features(texts), return_spread=True)  # (M, C)
         return None, (spread / (spread.mean(0) + 1e-30)).sum(1)

@@ -8,7 +8,7 @@ from surrogate.continuation import SMALLEST_SHARE, Continuation, check_warm_star
 from surrogate.models.ridge import RidgeSurrogate
 from surrogate.models.trees import InfluenceTrees
 
-OPTIONS = {RidgeSurrogate: {}, InfluenceTrees: {"num_trees": 30, "min_trees": 5}}
+OPTIONS = {RidgeSurrogate: {}, InfluenceTrees: {"num_trees": 20, "min_trees": 20, "validation_folds": 0, "bagging": 1.0}}
 
 
 def data(num_texts=150, seed=0):
@@ -48,20 +48,29 @@ def test_the_share_stays_between_nothing_and_all(make, slope, share):
 
 def test_a_chain_is_the_sum_of_its_parts_and_comes_back_from_disk(make, tmp_path):
     X_test, _ = data(seed=9)
-    model = make().fit(*data())
+    model = make(label_scale="none").fit(*data())
     by_hand = full_output(model, X_test)
     for seed in (1, 2):
         X, y = data(seed=seed)
-        y = y + 0.5 * X[:, 3 + seed : 5 + seed]
-        earlier, model = model, make().fit(X, y, warm_start=model)
-        step = Continuation.of(earlier, X, model._label_scaler.transform(y), weights=None)
+        y = 5.0 * seed + y + 0.5 * X[:, 3 + seed : 5 + seed]
+        earlier, model = model, make(label_scale="none").fit(X, y, warm_start=model)
+        step = Continuation.of(earlier, X, y, weights=None)
         share = step.parts[0][1]
-        offset = step.offset - (0 if earlier.earlier_ is None else share * earlier.earlier_.offset)
+        offset = y.mean(axis=0) - share * full_output(earlier, X).mean(axis=0)
         by_hand = offset + share * by_hand + model.own_output(X_test)
     np.testing.assert_allclose(full_output(model, X_test), by_hand, rtol=1e-6, atol=1e-7)
     assert len(model.earlier_.parts) == 2 and all(part.earlier_ is None for part, _ in model.earlier_.parts)
     model.save(tmp_path)
     assert type(model).load(tmp_path).predict(X_test).tobytes() == model.predict(X_test).tobytes()
+
+
+def test_what_is_learned_now_is_what_the_earlier_scores_leave(make):
+    earlier = make(label_scale="none").fit(*data())
+    X, y = data(seed=1)
+    y = y + X[:, 3:5]
+    warm = make(label_scale="none").fit(X, y, warm_start=earlier)
+    rest = make(label_scale="none").fit(X, y - warm.earlier_.output(X))
+    np.testing.assert_allclose(warm.own_output(X), rest.own_output(X), rtol=1e-4, atol=1e-5)
 
 
 def test_parts_of_hardly_any_share_are_forgotten(make):

@@ -5,7 +5,7 @@ import pytest
 
 from oracle.errors import InputError, MismatchError
 from oracle.labels import Labels
-from surrogate.labelled_rows import LabelledRows, check_older, on_new_scale
+from surrogate.labelled_rows import LabelledRows, check_labels, on_new_scale
 
 NAMES = ["math", "code"]
 
@@ -130,7 +130,7 @@ def test_what_cannot_be_joined_is_refused():
         ([(new, float("nan"))], InputError, "weight nan"),
     ]:
         with pytest.raises(error, match=match):
-            check_older(older, new, ids)
+            check_labels(new, older, ids)
     options = {"groups": np.arange(30)}
     with pytest.raises(MismatchError, match="1 of 2 judged"):
         LabelledRows.join(ids, new, judged=["text3", "text99"], **options)

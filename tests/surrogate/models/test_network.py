@@ -204,7 +204,7 @@ def test_a_warm_start_of_another_shape_is_refused():
 
 def test_a_constant_target_is_exact_from_a_warm_start_without_the_linear_path():
     X, y, _ = data("linear", 60)
-    options = {"ensemble": 1, "max_epochs": 5, "linear_path": False}
+    options = {"ensemble": 1, "max_epochs": 5, "linear_path": False, "label_scale": "none"}
     earlier = InfluenceNetwork(**options).fit(X[:60], np.stack([y, -y], axis=1))
     network = InfluenceNetwork(**options).fit(X[:60], np.stack([y, np.full(60, 0.1)], axis=1), warm_start=earlier)
     np.testing.assert_array_equal(network.predict(X)[:, 1], np.float32(0.1))

@@ -98,18 +98,25 @@ def test_on_noise_held_out_predictions_explain_nothing(weigh_features, seed):
 
 
 @pytest.mark.parametrize("shape", [(90, 12), (60, 100)])
-def test_held_out_predictions_of_weighed_features_equal_refitting_scaler_and_ridge_without_the_fold(shape):
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_held_out_predictions_of_weighed_features_equal_refitting_scaler_and_ridge_without_the_fold(shape, is_weighted):
     X, y = data(*shape)
     groups = np.arange(len(X)) // 3
-    checked = training_data(X, y, groups)
-    _, fit = fit_scaled_ridge(
-        checked.features, checked.labels, groups=checked.groups, keys=checked.keys, weigh_features=True, alpha=3.0
-    )
+    checked = training_data(X, y, groups, sample_weight=np.random.default_rng(2).random(len(X)) + 0.1 if is_weighted else None)
+    options = {"weigh_features": True, "alpha": 3.0, "sample_weight": checked.weights}
+    _, fit = fit_scaled_ridge(checked.features, checked.labels, groups=checked.groups, keys=checked.keys, **options)
     folds = grouped_folds(checked.groups, num_folds=NUM_FOLDS, seed=0, keys=checked.keys)
     for fold in range(NUM_FOLDS):
         out = folds == fold
-        scaler = FeatureScaler().fit(checked.features[~out], checked.labels[~out])
-        alone = fit_ridge(scaler.transform(checked.features[~out]), checked.labels[~out], groups=checked.groups[~out], alpha=3.0)
+        weights = checked.weights[~out] if is_weighted else None
+        scaler = FeatureScaler().fit(checked.features[~out], checked.labels[~out], weights=weights)
+        alone = fit_ridge(
+            scaler.transform(checked.features[~out]),
+            checked.labels[~out],
+            groups=checked.groups[~out],
+            alpha=3.0,
+            sample_weight=weights,
+        )
         expected = scaler.transform(checked.features[out]) @ alone.weights + alone.intercept
         np.testing.assert_allclose(fit.held_out[out], expected, rtol=1e-6, atol=1e-9)
 

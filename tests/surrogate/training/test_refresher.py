@@ -369,3 +369,26 @@ def test_a_schedule_that_starts_at_0_is_measured_at_the_rate_it_goes_up_to(tmp_p
     assert lm.optimizer.param_groups[0]["lr"] == 0.0
     labels = Labels.load(tmp_path / "round-00000/ranking/labels")
     assert np.abs(labels.values).max() > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampling": "stratified"},
+        {"sampling": "uncertain", "surrogate": "network", "surrogate_options": {"ensemble": 2, "max_epochs": 3}},
+        {"warm_start": True, "keep_labels": 0.0},
+    ],
+)
+def test_later_refreshes_can_look_at_the_one_before(tmp_path: Path, options: dict[str, Any]) -> None:
+    lm = language_model()
+    refresher = Refresher(POOL, TARGETS, workdir=tmp_path, **{**REFRESH, "sample_size": 30, **options})
+    for _ in range(2):
+        refresher.next_round(lm, num_texts=20)
+        train(lm, read_texts(POOL[:20]))
+    assert [record["failure"] for record in refresher.table()] == [None, None]
+    assert refresher.table()[1]["refreshed"]
+
+
+def test_live_features_beside_the_surrogate_before_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="its own checkpoint only"):
+        Refresher(POOL, TARGETS, workdir=tmp_path, encoder=("model_state",), warm_start=True, keep_labels=0.0)
