@@ -81,6 +81,8 @@ def main() -> None:
     parser.add_argument("--static-labels", type=int, default=400)
     parser.add_argument("--refresh-labels", type=int, default=150)
     parser.add_argument("--refresh-every", type=int, default=2, help="rounds from one refresh to the next")
+    parser.add_argument("--keep-labels", type=float, default=0.5, help="weight of labels one refresh old")
+    parser.add_argument("--min-agreement", type=float, default=0.5, help="agreement on the probe below which they are dropped")
     parser.add_argument("--drift-threshold", type=float, default=0.8)
     parser.add_argument("--target-texts", type=int, default=48, help="target texts per set to label with")
     parser.add_argument("--judge-texts", type=int, default=48, help="target texts per set to measure the loss on")
@@ -184,7 +186,14 @@ def _strategy(
     }
     if name == "static":
         return "static", {**shared, "sample_size": options.static_labels}
-    refresh = {**shared, "sample_size": options.refresh_labels, "num_probe": 32, "refresh_every": options.refresh_every}
+    refresh = {
+        **shared,
+        "sample_size": options.refresh_labels,
+        "num_probe": 32,
+        "refresh_every": options.refresh_every,
+        "keep_labels": options.keep_labels,
+        "min_agreement": options.min_agreement,
+    }
     return "refresh", refresh if name == "refresh" else {
         **refresh,
         "refresh_every": 1,

@@ -77,7 +77,9 @@ class Refresher:
             is counted all the same.
         num_tokens: N token counts of the pool's texts, where they are known; None counts them when a round needs them.
         strategy: Name of a strategy (`surrogate methods`), or an object of one.
-        rule: Selection rule that orders the scored texts.
+        rule: Selection rule that orders the scored texts. By default a round is drawn at random from the best fifth of the
+            candidates: with the very best ones first, rounds were narrow and refreshes ran after what the round before had
+            unlearnt.
         rule_options: Its options.
         refresh_every: Rounds from one refresh to the next; with `drift_threshold`, from one look at the drift to the next.
         drift_threshold: Refresh only when the stale scores' rank agreement with fresh labels of the probe has fallen below
@@ -112,7 +114,7 @@ class Refresher:
         cache: FeatureCache | str | Path | None = None,
         num_tokens: Sequence[int] | np.ndarray | None = None,
         strategy: Any = "refresh",
-        rule: str = "top",
+        rule: str = "top_share",
         rule_options: Mapping[str, Any] | None = None,
         refresh_every: int = 1,
         drift_threshold: float | None = None,

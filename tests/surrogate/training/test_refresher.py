@@ -93,7 +93,7 @@ class Counting:
 
 
 def counting(tmp_path: Path, strategy: Counting | None = None, **options: Any) -> Refresher:
-    return Refresher(POOL, workdir=tmp_path, strategy=strategy or Counting(), **options)
+    return Refresher(POOL, workdir=tmp_path, strategy=strategy or Counting(), **{"rule": "top", **options})
 
 
 def test_the_best_texts_come_first_and_no_text_comes_twice_in_a_pass(tmp_path: Path) -> None:
@@ -376,6 +376,7 @@ def test_a_schedule_that_starts_at_0_is_measured_at_the_rate_it_goes_up_to(tmp_p
     [
         {"sampling": "stratified"},
         {"sampling": "uncertain", "surrogate": "network", "surrogate_options": {"ensemble": 2, "max_epochs": 3}},
+        {"sampling": "mass"},
         {"warm_start": True, "keep_labels": 0.0},
     ],
 )
