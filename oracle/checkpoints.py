@@ -3,7 +3,8 @@
 Our own optimiser files are `optimizer.safetensors` (tensors named `slot::parameter`) and `optimizer.json`
 (class and hyper-parameters, with parameters by name). The Hugging Face Trainer writes `optimizer.pt`, whose
 state is keyed by position in two groups, with and without weight decay; it is read with torch's
-`weights_only` loader and matched to names by rebuilding those groups, every shape checked.
+`weights_only` loader and matched to names by rebuilding those groups, every shape checked. Of a model with
+an adapter (LoRA), only the adapter is written, and its base model is loaded from where it came.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oracle.adapters import add_adapter, base_of, check_saveable
 from oracle.artifacts import atomic_folder, read_json, write_json
 from oracle.errors import InputError, MismatchError, MissingFileError
 
@@ -28,9 +30,10 @@ _NO_DECAY_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)"
 
 
 def load_checkpoint(path: str | Path, *, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    """Load a causal model and its tokenizer (None if the folder has none).
+    """Load a causal model and its tokenizer (None if the folder has none; then that of an adapter's base model).
 
     Raises:
+        MissingPackageError: The folder has an adapter, and peft is not installed.
         MissingFileError: There is no such folder and the hub cannot give it.
         InputError: The folder holds no causal language model.
     """
@@ -43,23 +46,44 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype) -> tuple[nn.Module,
             "a folder written by save_pretrained, the Trainer or LanguageModel.save, or a name on the Hugging Face hub",
             "check the path.",
         )
+    base = base_of(Path(path))
+    words = base if base is not None and not _has_tokenizer(path) else path
     try:
         with _without_bars():
-            module = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(str(path)) if not is_folder or any(Path(path).glob("tokenizer*")) else None
+            whole: nn.Module = AutoModelForCausalLM.from_pretrained(str(base or path), dtype=dtype)
+            module = whole if base is None else add_adapter(whole, Path(path))
+        tokenizer = AutoTokenizer.from_pretrained(str(words)) if not Path(words).is_dir() or _has_tokenizer(words) else None
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         kind = InputError if is_folder else MissingFileError
+        of_base = "" if base is None else f" (the adapter's base model is {base!r})"
         raise kind(
-            f"cannot load a causal language model from {str(path)!r}: {reason}",
+            f"cannot load a causal language model from {str(path)!r}{of_base}: {reason}",
             "a folder written by save_pretrained, the Trainer or LanguageModel.save, or a name on the Hugging Face hub",
             "check the path; for a hub name check that the network reaches the hub.",
         ) from error
+    if getattr(module, "_hf_peft_config_loaded", False):
+        raise InputError(
+            f"{str(path)!r} is an adapter, which would be loaded frozen.",
+            "a folder that holds the adapter, or the name of a whole model",
+            "download it (huggingface_hub.snapshot_download) and pass its folder.",
+        )
     return module, tokenizer
 
 
+def _has_tokenizer(folder: str | Path) -> bool:
+    return any(Path(folder).glob("tokenizer*"))
+
+
 def save_checkpoint(folder: Path, module: nn.Module, tokenizer: Any, *, optimizer: torch.optim.Optimizer | None) -> None:
-    """Write everything `load_checkpoint` and `load_optimizer` read; the folder appears complete or not at all."""
+    """Write everything `load_checkpoint` and `load_optimizer` read; the folder appears complete or not at all.
+
+    Raises:
+        InputError: The model has an adapter that could not be loaded again; the optimiser steps other parameters, too.
+    """
+    check_saveable(module)
+    if optimizer is not None:
+        _check_owned(module, optimizer)
     with atomic_folder(folder) as partial, _without_bars():
         module.save_pretrained(partial)  # type: ignore[operator]
         if tokenizer is not None:
@@ -80,6 +104,19 @@ def _without_bars() -> Iterator[None]:
     finally:
         if were_shown:
             logging.enable_progress_bar()
+
+
+def _check_owned(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimiser of parameters that have no name in the model, by which they are stored."""
+    own = set(module.parameters())
+    held = {*optimizer.state, *(parameter for group in optimizer.param_groups for parameter in group["params"])}
+    foreign = sorted(str(tuple(parameter.shape)) for parameter in held - own)
+    if foreign:
+        raise InputError(
+            f"the optimizer holds {len(foreign)} parameters that are not the model's, first of shape {foreign[0]}.",
+            "an optimiser of the model's parameters alone",
+            "save model and tokenizer without it, LanguageModel(module, tokenizer).save(folder), and the optimiser yourself.",
+        )
 
 
 def _save_optimizer(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -164,7 +201,9 @@ def _load_own(folder: Path, module: nn.Module) -> torch.optim.Optimizer:
     optimizer: torch.optim.Optimizer = OPTIMIZERS[name](groups, lr=lr)
     for key, tensor in load_file(folder / "optimizer.safetensors").items():
         slot, parameter_name = key.split("::", 1)
-        optimizer.state[parameters[parameter_name]][slot] = tensor
+        parameter = parameters[parameter_name]
+        is_moment = slot != "step" and tensor.is_floating_point() and parameter.is_floating_point()
+        optimizer.state[parameter][slot] = tensor.to(parameter.dtype) if is_moment else tensor  # as torch's load_state_dict does
     place_state(optimizer)
     return optimizer
 
@@ -174,7 +213,7 @@ def _load_trainer_state(file: Path, module: nn.Module) -> torch.optim.Optimizer:
 
     stored = torch.load(file, map_location="cpu", weights_only=True)
     _check_is_adam(file, stored)
-    parameters = dict(module.named_parameters())
+    parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     order = [list(parameters.values())]
     if len(stored["param_groups"]) == 2:
         decayed = set(get_parameter_names(module, [nn.LayerNorm], _NO_DECAY_PATTERNS))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from oracle.errors import MismatchError
+from oracle.errors import InputError, InputTypeError, MismatchError, check_at_least
 from oracle.labels import Labels
 
 MIN_GROUP = 8  # a rank correlation over fewer texts is mostly noise
@@ -54,7 +54,29 @@ def agreement(
 
     Raises:
         MismatchError: No common target, or fewer than 3 common texts.
+        InputError: `top_fraction` is no share, or there are more or fewer groups than texts.
+        InputTypeError: One of the two is no Labels.
     """
+    for labels in (labels_a, labels_b):
+        if not isinstance(labels, Labels):
+            raise InputTypeError(
+                f"a {type(labels).__name__} was given for labels.",
+                "two oracle.Labels, which are compared text by text",
+                "for values measured elsewhere use oracle.Labels.from_values(values, text_ids, target_names).",
+            )
+    check_at_least("top_fraction", top_fraction, 0)
+    if not 0 < top_fraction <= 1:
+        raise InputError(
+            f"top_fraction={top_fraction!r} is no share of the texts.",
+            "a number above 0 and at most 1",
+            "pass 0.2 for the top fifth.",
+        )
+    if groups is not None and len(groups) != len(labels_a):
+        raise InputError(
+            f"there are {len(groups)} groups for the {len(labels_a)} texts of the first label set.",
+            "one group per text, in the order of labels_a.text_ids",
+            "look the group up by text_id, or leave groups out.",
+        )
     names = [name for name in labels_a.target_names if name in labels_b.target_names]
     in_b = set(labels_b.text_ids)
     rows = [row for row, text_id in enumerate(labels_a.text_ids) if text_id in in_b]

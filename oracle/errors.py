@@ -90,3 +90,13 @@ def check_at_least(option: str, value: float, minimum: float) -> None:
             f"a number of at least {minimum:g}",
             f"pass such a value for {option}.",
         )
+
+
+def check_count(option: str, value: int, minimum: int = 1) -> None:
+    """Raise `InputError` unless `value` is a whole number of at least `minimum` (a float is refused, also 2.0)."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise InputError(
+            f"{option}={value!r} is too small or not a whole number.",
+            f"a whole number of at least {minimum}",
+            f"pass such a number for {option}.",
+        )

@@ -36,16 +36,27 @@ class LabelStore:
     """
 
     def __init__(self, folder: Path | None, target_names: list[str], identity: dict[str, Any]) -> None:
-        self.folder, self.target_names = folder, target_names
+        self.folder, self.target_names, self.identity = folder, target_names, identity
         self.blocks: list[Labels] = []
         self.seconds = 0.0  # spent on measuring, over all processes that worked on this folder
         if folder is None:
             return
-        if (folder / IDENTITY_FILE).exists():
-            require_same(read_json(folder / IDENTITY_FILE), identity, where=folder)
-        else:
-            write_json(folder / IDENTITY_FILE, identity)
+        self._bind(folder)
         self.reload()
+
+    def _bind(self, folder: Path) -> None:
+        """Let the folder hold labels of this identity only; one without any finished row may still be given another."""
+        has_rows = (folder / "labels.parquet").exists() or any((folder / "blocks").glob("*.parquet"))
+        if has_rows and (folder / IDENTITY_FILE).exists():
+            self._check_bound(folder)
+            return
+        if not has_rows:
+            with storing(folder / "blocks"):
+                shutil.rmtree(folder / "blocks", ignore_errors=True)  # seconds of a block that was never finished
+        write_json(folder / IDENTITY_FILE, self.identity)
+
+    def _check_bound(self, folder: Path) -> None:
+        require_same(read_json(folder / IDENTITY_FILE), self.identity, where=folder)
 
     def reload(self) -> None:
         """Read anew what lies in the folder, whichever process put it there."""
@@ -96,12 +107,16 @@ class LabelStore:
         """Keep a block; with a folder, on disk before anything else is measured.
 
         The seconds go into a file of their own, so that the block's bytes stay the same.
+
+        Raises:
+            MismatchError: Another call has bound the folder to its own identity while this one had no block there.
         """
         self.blocks.append(block)
         self.seconds += seconds
         if self.folder is not None:
             import pyarrow.parquet as pq
 
+            self._check_bound(self.folder)
             name = fingerprint(block.text_ids)
             write_json(self.folder / "blocks" / f"{name}.json", {"seconds": seconds})
             with atomic_path(self.folder / "blocks" / f"{name}.parquet") as partial:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from oracle import plugins
 from oracle.artifacts import fingerprint
-from oracle.errors import InputError, InputTypeError, check_at_least, check_choice
+from oracle.checkpoint_identity import checkpoint_identity, reading_identity
+from oracle.errors import InputError, InputTypeError, check_choice, check_count
 from oracle.language_model import LanguageModel
 from oracle.methods import Needs, needs_of
 from oracle.targets import TargetSet, read_targets
@@ -73,7 +76,7 @@ def read_task(
         InputTypeError: `lm` is no LanguageModel.
     """
     needs = needs_of(method)
-    check_at_least("block_size", block_size, 1)
+    check_count("block_size", block_size)
     check_choice("per", per, PER)
     if (lm is not None or needs.model) and not isinstance(lm, LanguageModel):
         raise InputTypeError(
@@ -102,6 +105,28 @@ def read_task(
     return LabelTask(method, needs, lm, texts, list_text_ids(texts), target_sets, seed, halves, per, block_size)
 
 
+def check_divisible(task: LabelTask) -> None:
+    """Refuse labels per token where a value's 0 is not that of a text without effect; known once the method is prepared.
+
+    Divided by its length, what all texts have in common would rank the texts by length.
+
+    Raises:
+        InputError: The value is a cosine, a rating or a rank, or has a part that all texts share.
+    """
+    units, shared = task.method.units, getattr(task.method, "shared_", 0.0)
+    has_shared = bool(np.any(shared)) and not getattr(task.method, "subtract_shared", False)
+    if task.per == "text" or (units.startswith("nats") and not has_shared):
+        return
+    subtracts = hasattr(task.method, "subtract_shared")
+    raise InputError(
+        f"per='token', and the values of {task.method.plugin_name!r} "
+        + ("have a part that all texts share (momentum, decay, a companion)." if has_shared else f"are in {units}."),
+        "values in nats, of which 0 is the effect of no text at all",
+        ("pass subtract_shared=True" if subtracts else "use method='grad_dot', or one_step with subtract_shared=True")
+        + ", or per='text'.",
+    )
+
+
 def identity_of(task: LabelTask) -> dict[str, Any]:
     """Return what must be the same for stored labels to be gone on with.
 
@@ -122,16 +147,14 @@ def identity_of(task: LabelTask) -> dict[str, Any]:
         identity["sample"] = fingerprint(sorted(task.text_ids))
     lm = task.lm
     if lm is not None:  # counts the tokens, also for a method that does not need it
-        identity |= {"tokenizer": lm.tokenizer_fingerprint(), "max_tokens": lm.max_tokens}
+        identity |= reading_identity(lm)
     if lm is not None and task.needs.model:
         encoded = {
             target.name: sorted((text.text_id, text.input_ids, text.labels) for text in lm.encode(target.texts))
             for target in task.targets
         }
         identity |= {
-            "checkpoint": lm.fingerprint(optimizer=True),
-            "trainable_parameters": fingerprint(sorted(name for name, p in lm.module.named_parameters() if p.requires_grad)),
-            "device": lm.device.type,
+            **checkpoint_identity(lm, optimizer=task.needs.optimizer, autocast=not task.method.changes_weights),
             "target_ids": {name: fingerprint(texts) for name, texts in encoded.items()},
         }
     return identity

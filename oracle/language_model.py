@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from oracle.checkpoints import load_checkpoint, load_optimizer, place_state, save_checkpoint
 from oracle.encoding import IGNORED, MAX_LOGIT_ELEMENTS, Batch, EncodedText, encode_texts, make_batches
-from oracle.errors import InputError, InputTypeError, check_choice
+from oracle.errors import InputError, InputTypeError, check_choice, check_count
 from oracle.fingerprints import model_fingerprint, tokenizer_fingerprint
 from oracle.packing import keeps_texts_apart, pack_batches
 from oracle.snapshot import Snapshot, restore_snapshot, restore_weights, take_snapshot
@@ -97,7 +97,7 @@ class LanguageModel:
         cls,
         path: str | Path,
         *,
-        dtype: str = "float32",
+        dtype: str | torch.dtype = "float32",
         max_tokens: int | None = None,
         device: str | torch.device = "auto",
         too_long: str = "truncate",
@@ -106,24 +106,30 @@ class LanguageModel:
         """Load a model and tokenizer from a folder or a hub name, and the optimiser state saved beside them.
 
         Args:
-            path: A folder written by `save`, by `save_pretrained` or by the Hugging Face Trainer, or a hub name.
-            dtype: "float32" or "bfloat16".
+            path: A folder written by `save`, by `save_pretrained` or by the Hugging Face Trainer, or a hub name. Of a
+                folder with an adapter of peft (LoRA), the adapter is trainable and its base model is loaded too.
+            dtype: "float32" or "bfloat16", or torch's own.
             max_tokens: As in the constructor.
             device, too_long, packing: As in the constructor.
 
         Raises:
             InputError: Nothing can be loaded from `path`, its optimiser cannot be rebuilt, or `dtype` is unknown.
+            MissingPackageError: The folder has an adapter, and peft is not installed.
             MismatchError: The optimiser's state does not fit the model.
         """
-        check_choice("dtype", dtype, ("float32", "bfloat16"))
-        module, tokenizer = load_checkpoint(path, dtype=getattr(torch, dtype))
+        name = check_choice("dtype", str(dtype).removeprefix("torch."), ("float32", "bfloat16"))
+        module, tokenizer = load_checkpoint(path, dtype=getattr(torch, name))
         target = _choose_device(module, None, device)
         module.to(target)
         optimizer = load_optimizer(Path(path), module) if Path(path).is_dir() else None
         return cls(module, tokenizer, optimizer, max_tokens=max_tokens, device=target, too_long=too_long, packing=packing)
 
     def save(self, folder: str | Path) -> None:
-        """Write weights, tokenizer and optimiser state (all safetensors and JSON) to `folder`, atomically."""
+        """Write weights, tokenizer and optimiser state (all safetensors and JSON) to `folder`, atomically.
+
+        Raises:
+            InputError: The optimiser holds parameters that are not the model's, or an adapter could not be loaded again.
+        """
         save_checkpoint(Path(folder), self.module, self.tokenizer, optimizer=self.optimizer)
 
     # ------------------------------------------------------------------ texts and losses
@@ -305,6 +311,7 @@ class LanguageModel:
                 "the tokenizer that the model was trained with",
                 "load both from the same folder, or resize the embeddings.",
             )
+        check_count("max_tokens", self.max_tokens)
         if not 1 < self.max_tokens <= (self.context or self.max_tokens):
             raise InputError(
                 f"max_tokens={self.max_tokens}, and the model's context is {self.context} tokens.",

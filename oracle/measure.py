@@ -11,8 +11,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ import torch
 from oracle import plugins
 from oracle.artifacts import fingerprint, provenance, timed
 from oracle.encoding import EncodedText
-from oracle.errors import NotFiniteError
+from oracle.errors import InputError, NotFiniteError
 from oracle.label_store import COUNTED_BLOCKS, LabelStore
-from oracle.label_task import LabelTask, identity_of, read_task
+from oracle.label_task import LabelTask, check_divisible, identity_of, read_task
 from oracle.labels import Labels
 from oracle.language_model import LanguageModel
 from oracle.memory import batch_size_kept, within_memory
 from oracle.methods import Measured, TextTargets
+from oracle.optimizers import warn_of_fresh_adam
 from oracle.processes import Processes, working_together
 from oracle.progress import track
 from oracle.target_columns import TargetColumns, prepare_targets
@@ -84,7 +85,7 @@ def label(
         halves: Also measure on either half of each target set, in the same pass, for the noise ceiling.
         block_size: Texts per finished block.
         per: "text" for the effect of training on the whole text; "token" divides that by the text's input tokens, which
-            is what a budget of tokens buys. Meant for values whose 0 stands for no effect.
+            is what a budget of tokens buys. Refused for values whose 0 is not that of no text at all.
         **options: The method's own options.
 
     Returns:
@@ -94,8 +95,11 @@ def label(
         MismatchError: `workdir` has labels made at another checkpoint, for other targets or with other options.
         NotFiniteError: The loss of a text or target is NaN; finished blocks are kept.
         InputError: An option is unknown, a target set has no target token, a text alone does not fit into memory, the
-            module is wrapped or sharded, and so on.
+            module is wrapped, sharded or frozen, and so on.
         OtherProcessError: Another process failed.
+
+    Inside a `torch.autocast`, methods that step the weights switch it off for their measurement, whose small differences
+    of losses would drown in its rounding; all others measure in it, and it belongs to the labels' identity.
 
     Example:
         >>> labels = oracle.label(lm, sample, {"math": "math_dev.jsonl"}, method="grad_dot", workdir="labels")  # doctest: +SKIP
@@ -111,8 +115,8 @@ def label(
         processes.require_same({**identity, **asked})
         folder = None if workdir is None else Path(workdir)
         store = processes.first_then_others(lambda: LabelStore(folder, task.column_names, identity))
-        if store.is_complete(task.text_ids):
-            return store.finished(task.text_ids)
+        if _is_complete(task, store, processes):
+            return _recounted(task, store.finished(task.text_ids))
         return _measure(task, identity, store, processes=processes)
 
 
@@ -126,12 +130,28 @@ def method_names() -> list[str]:
     return plugins.names(METHODS)
 
 
+def _is_complete(task: LabelTask, store: LabelStore, processes: Processes) -> bool:
+    """Whether all of the sample is stored already, which all processes have to see alike: some would wait for ever."""
+    found = processes.gather(store.is_complete(task.text_ids))
+    if any(found) != all(found):
+        raise InputError(
+            f"{store.folder} has finished labels of this sample for process {found.index(True)}, and not for process "
+            f"{found.index(False)}.",
+            "a workdir that all processes share",
+            "put workdir on a disk that every process sees under this path, or leave workdir out.",
+        )
+    return all(found)
+
+
 def _measure(task: LabelTask, identity: dict[str, Any], store: LabelStore, *, processes: Processes) -> Labels:
     """Measure this process's share; the first process joins all shares to the result, which all return."""
     with processes.all_or_none():
+        if task.lm is not None and _steps_as_optimizer(task) and processes.rank == 0:
+            warn_of_fresh_adam(task.lm)
         encoded = None if task.lm is None else task.lm.encode(task.texts)
         with _model_preserved(task):
             columns, cost = _prepare(task)
+            check_divisible(task)
             num_measured = _measure_blocks(task, encoded, columns, store, processes=processes)
     shares = processes.gather(_Share([] if store.folder else store.blocks, store.seconds, num_measured))
     labels = None
@@ -142,7 +162,7 @@ def _measure(task: LabelTask, identity: dict[str, Any], store: LabelStore, *, pr
             cost |= {"num_measured_now": sum(share.num_measured for share in shares), **_label_cost(task, columns, store)}
             meta = {
                 **identity,
-                **_counts(encoded, columns, num_texts=len(task.text_ids)),
+                **_counts(task, encoded, num_truncated=columns.num_truncated if isinstance(columns, TargetColumns) else 0),
                 **({"model": model_identity(task.lm)} if task.lm is not None and task.needs.model else {}),
                 "facts": task.method.facts(),
                 "cost": cost,
@@ -155,13 +175,21 @@ def _measure(task: LabelTask, identity: dict[str, Any], store: LabelStore, *, pr
     return result
 
 
+def _steps_as_optimizer(task: LabelTask) -> bool:
+    """Whether the state of the model's optimiser decides the labels."""
+    is_asked_not_to = getattr(task.method, "preconditioner", None) == "none"
+    return task.needs.model and task.needs.optimizer and not is_asked_not_to
+
+
 @contextmanager
 def _model_preserved(task: LabelTask) -> Iterator[None]:
-    """Put the model back after a block, if the method uses it."""
+    """Put the model back after a block, if the method uses it; steps are taken and measured outside the caller's autocast."""
     if task.lm is None or not task.needs.model:
         yield
         return
-    with torch.enable_grad(), task.lm.preserved(weights=task.method.changes_weights), batch_size_kept(task.lm):
+    changes_weights = task.method.changes_weights
+    outside = torch.autocast(task.lm.device.type, enabled=False) if changes_weights else nullcontext()
+    with outside, torch.enable_grad(), task.lm.preserved(weights=changes_weights), batch_size_kept(task.lm):
         yield
 
 
@@ -266,13 +294,21 @@ def _join(task: LabelTask, store: LabelStore, shares: Sequence[_Share]) -> None:
     store.check_all_there(task.text_ids)
 
 
-def _counts(encoded: list[EncodedText] | None, columns: TargetColumns | TextTargets, *, num_texts: int) -> dict[str, int]:
-    texts = encoded or []
+def _recounted(task: LabelTask, stored: Labels) -> Labels:
+    """Count for this call's sample what meta.json counts for that of the call which measured it."""
+    encoded = None if task.lm is None else task.lm.encode(task.texts)
+    counts = _counts(task, encoded, num_truncated=stored.meta["num_target_texts_truncated"])
+    return replace(stored, meta={**stored.meta, **counts, "cost": {**stored.meta["cost"], "num_measured_now": 0}})
+
+
+def _counts(task: LabelTask, encoded: list[EncodedText] | None, *, num_truncated: int) -> dict[str, int]:
+    """Count the sample's texts, and warn of those that are not what they look like; `num_truncated` is that of the targets."""
+    texts, num_texts = encoded or [], len(task.text_ids)
     counts = {
         "num_texts": num_texts,
         "num_truncated": sum(text.was_truncated for text in texts),
         "num_without_target_token": sum(text.num_targets == 0 for text in texts),
-        "num_target_texts_truncated": columns.num_truncated if isinstance(columns, TargetColumns) else 0,
+        "num_target_texts_truncated": num_truncated,
     }
     told = [
         f"{counts[key]} of {num_texts} {what}"

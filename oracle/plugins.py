@@ -12,10 +12,10 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from oracle.errors import InputError, check_choice, closest
+from oracle.errors import InputError, InputTypeError, check_choice, closest
 
 KIND_NAMES = {
     "oracle.methods": "method",
@@ -24,6 +24,7 @@ KIND_NAMES = {
     "surrogate.rules": "rule",
     "surrogate.training.strategies": "strategy",
 }
+LABEL_ARGUMENTS = ("block_size", "halves", "max_target_texts", "per", "seed", "workdir")  # named where an option is mistaken
 
 
 def option(default: Any, help_text: str) -> Any:
@@ -64,25 +65,51 @@ def create(package: str, name: str, options: dict[str, Any]) -> Any:
 
     Raises:
         InputError: No such plug-in, or it has no such option; the message lists what there is.
+        InputTypeError: An option that is on or off has another value than True and False.
     """
-    check_options(package, name, options)
-    return load(package, name)(**options)
+    check_options(package, name, options, beside=LABEL_ARGUMENTS if package == "oracle.methods" else ())
+    plugin = load(package, name)
+    for field in dataclasses.fields(plugin):
+        value = options.get(field.name, field.default)
+        if isinstance(field.default, bool) and not isinstance(value, bool):
+            raise InputTypeError(
+                f"{field.name}={value!r} of {name!r} is neither on nor off.",
+                "True or False",
+                f"write {field.name}=True or {field.name}=False, without quotes.",
+            )
+    return plugin(**options)
 
 
-def check_options(package: str, name: str, options: Iterable[str], *, also: Iterable[str] = ()) -> None:
+def check_options(
+    package: str, name: str, options: Iterable[str], *, also: Iterable[str] = (), beside: Sequence[str] = ()
+) -> None:
     """Refuse options that neither the plug-in `name` has nor `also` lists.
+
+    Args:
+        package: Where the plug-in is.
+        name: Its name.
+        options: Names of the options given.
+        also: What else is accepted here.
+        beside: Arguments of `oracle.label`, which are no options but may have been meant.
 
     Raises:
         InputError: There is such an option, or no such plug-in; the message lists what there is.
     """
-    accepted = [*(field.name for field in dataclasses.fields(load(package, name)) if field.init), *also]
+    accepted = [*option_names(package, name), *also]
     for key in options:
         if key not in accepted:
+            hint = "" if key in beside else closest(key, [*accepted, *beside])
+            arguments = f"; arguments of oracle.label itself: {', '.join(beside)}" if beside else ""
             raise InputError(
-                f"{key!r} is no option of {name!r}{closest(key, accepted)}.",
-                ", ".join(accepted) or "no options",
+                f"{key!r} is no option of {name!r}{hint}.",
+                (", ".join(accepted) or "no options") + arguments,
                 "remove the option or correct its name; what has a flag of its own on the command line is given there.",
             )
+
+
+def option_names(package: str, name: str) -> list[str]:
+    """List the options of the plug-in `name`."""
+    return [field.name for field in dataclasses.fields(load(package, name)) if field.init]
 
 
 def options_of(plugin: Any) -> dict[str, Any]:

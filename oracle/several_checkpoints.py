@@ -12,7 +12,8 @@ number per text and checkpoint, and it is called what it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ def label_checkpoints(
         own = None if folder is None else folder / name
         labels = label(lm, sample, targets, method=method, workdir=own, **options)
         text_ids = labels.text_ids
-        measured.append(labels if own is None else Labels.load(own))  # a folder also has the texts of earlier samples
+        # A folder also has the texts of earlier samples; meta counts those of this call.
+        measured.append(labels if own is None else replace(Labels.load(own), meta=labels.meta))
         _check_units(measured, weights)
         if folder is not None:
             _bind(folder, own=folder / name)
@@ -128,8 +130,9 @@ def _check_arguments(checkpoints: Any, weights: Any, model_options: Mapping[str,
     if isinstance(weights, str):
         check_choice("weights", weights, WEIGHTINGS)
         return
-    numbers = list(weights)
-    if len(numbers) != len(checkpoints) or not all(math.isfinite(number) and number > 0 for number in numbers):
+    numbers = list(weights) if isinstance(weights, Iterable) else [weights]
+    are_positive = all(isinstance(number, (int, float, np.number)) and math.isfinite(number) and number > 0 for number in numbers)
+    if len(numbers) != len(checkpoints) or not are_positive:
         raise InputError(
             f"weights are {numbers} for {len(checkpoints)} checkpoints.",
             f"{', '.join(map(repr, WEIGHTINGS))}, or one positive number per checkpoint",

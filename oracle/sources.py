@@ -58,6 +58,7 @@ ACCEPTED_SOURCES = (
 )
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 BROKEN_ARCHIVE_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
+MAX_SHOWN_PATH_CHARS, SHOWN_TEXT_CHARS = 255, 80  # the longest name of a file, and what errors show of a longer text
 MAX_PATH_CHARS = 4096  # PATH_MAX on Linux; asking the disk about a longer text raises
 
 
@@ -162,18 +163,24 @@ def _read_location(location: str, split: str, limit: int | None) -> list[Rows | 
     except ImportError as error:
         protocol = location.partition("://")[0]
         raise MissingPackageError(
-            f"reading {location} needs a package: {error}.",
+            f"reading {_shown(location)} needs a package: {error}.",
             f"an fsspec file system for {protocol}://",
             "install it, for example: pip install s3fs (s3), gcsfs (gs) or adlfs (az).",
         ) from error
     except ValueError as error:
-        raise InputError(f"{location} cannot be opened: {error}.", ACCEPTED_SOURCES, "correct the URL's protocol.") from error
+        raise InputError(
+            f"{_shown(location)} cannot be opened: {error}.", ACCEPTED_SOURCES, "correct the URL's protocol."
+        ) from error
     if filesystem.exists(path):
         names = [path]
     elif any(char in path for char in "*?["):
         names = sorted(filesystem.glob(path))
         if not names:
-            raise MissingFileError(f"no file matches {location}.", ACCEPTED_SOURCES, "check the folder and the pattern.")
+            raise MissingFileError(
+                f"no file matches {_shown(location)}.",
+                ACCEPTED_SOURCES,
+                "check the folder and the pattern; texts themselves are passed as a list of strings.",
+            )
     elif _may_be_on_hub(location):
         return [_hub_dataset(location, split)[:limit]]
     else:
@@ -190,6 +197,12 @@ def _read_location(location: str, split: str, limit: int | None) -> list[Rows | 
     return parts
 
 
+def _shown(location: str) -> str:
+    """Return a path as it is, and the beginning of what is rather a text."""
+    is_text = "\n" in location or len(location) > MAX_SHOWN_PATH_CHARS
+    return f"{location[:SHOWN_TEXT_CHARS]!r}..." if is_text else location
+
+
 def _missing(filesystem: fsspec.AbstractFileSystem, path: str, location: str) -> MissingFileError:
     """Make the error for a path that does not exist, with what its folder does hold."""
     parent, _, name = path.rstrip("/").rpartition("/")
@@ -198,7 +211,7 @@ def _missing(filesystem: fsspec.AbstractFileSystem, path: str, location: str) ->
         siblings = sorted(sibling.rstrip("/").rpartition("/")[2] for sibling in filesystem.ls(parent or "/", detail=False))
     shown = f" The folder holds {', '.join(siblings[:8])}{', ...' if len(siblings) > 8 else ''}." if siblings else ""
     return MissingFileError(
-        f"there is no file or folder {location}{closest(name, siblings)}.{shown}",
+        f"there is no file or folder {_shown(location)}{closest(name, siblings)}.{shown}",
         ACCEPTED_SOURCES,
         "correct the path; texts themselves are passed as a list of strings.",
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 from oracle.encoding import Batch
 from oracle.errors import InputError, NotFiniteError
 from oracle.language_model import LanguageModel
+from oracle.optimizers import require_trainable
 from oracle.targets import TargetSet, split_halves
 
 
@@ -81,8 +82,10 @@ class TargetColumns:
         """Return the gradient of every part's loss: name -> (K, *shape) float32, trainable parameters only.
 
         Raises:
+            InputError: No parameter is trainable.
             NotFiniteError: A gradient is NaN or infinite.
         """
+        require_trainable(lm, needed_by="a method that multiplies gradients")
         parameters = {name: p for name, p in lm.module.named_parameters() if p.requires_grad}
         result = {
             name: torch.zeros(len(self.parts), *p.shape, dtype=torch.float32, device=p.device) for name, p in parameters.items()

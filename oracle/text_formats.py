@@ -19,6 +19,7 @@ from oracle.sources import Column, Material
 TEXT_ID = "text_id"
 FORMATS = {"text": ("text",), "completion": ("prompt", "completion"), "chat": ("messages",), "tokens": ("input_ids",)}
 ACCEPTED_COLUMNS = "text | prompt and completion | messages | input_ids (and labels)"
+NAME_THE_COLUMN = "name the text's column: oracle.read_texts(source, text_column=...), --text-column on the command line"
 NO_LOSS = -100  # the label of a token without loss, as in transformers
 TOKEN_TYPE = np.dtype("<i8")  # ids are hashed as little-endian 64-bit integers, whatever type they are stored in
 
@@ -52,7 +53,7 @@ def choose_format(material: Material, text_column: str, format_name: str) -> str
             f"format={format_name!r} needs the column {missing[0]!r}{closest(missing[0], names)}; "
             f"{material.description} has {', '.join(names)}.",
             ACCEPTED_COLUMNS,
-            "choose another format, rename the columns, or name the text's column in text_column.",
+            f"choose another format, rename the columns, or {NAME_THE_COLUMN}.",
         )
     if TEXT_ID in names:
         known = format_by_id({name: column[:1] for name, column in material.columns.items()})
@@ -66,7 +67,7 @@ def choose_format(material: Material, text_column: str, format_name: str) -> str
     raise InputError(
         f"{material.description} has no column that holds texts; its columns are {', '.join(names)}{min(hints, default='')}.",
         ACCEPTED_COLUMNS,
-        "name the column in text_column, or rename the columns.",
+        f"{NAME_THE_COLUMN}, or rename the columns.",
     )
 
 

@@ -26,6 +26,10 @@ app = typer.Typer(
     help="Measure how much training texts help a language model, predict it for a whole pool, and select.",
 )
 
+LABEL_HELP = (
+    "option=value of the method (`surrogate methods NAME`), or of the labels: max_target_texts=64 measures on so many texts of "
+    "each target set, per=token divides by a text's tokens, halves=False, block_size=32 (repeatable)."
+)
 RunFolder = Annotated[Path, typer.Argument(help="Run folder; made when it does not exist.")]
 PoolOption = Annotated[
     list[str] | None, typer.Option("--pool", help="File, glob or URL of the pool (repeatable), bundled corpus or hub name.")
@@ -44,7 +48,9 @@ TargetOption = Annotated[
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="Folder or hub name of the language model; not where a method needs none.")
 ]
-MethodsOption = Annotated[str, typer.Option("--methods", help="NAME,NAME,... of oracle methods; see `surrogate methods`.")]
+MethodsOption = Annotated[
+    str, typer.Option("--methods", help="NAME or NAME:option=value,...; several with commas; see `surrogate methods`.")
+]
 MaxTokens = Annotated[int | None, typer.Option(help="Longer texts are cut; 512 or the model's context by default.")]
 Precision = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random in this stage.")]
@@ -61,7 +67,7 @@ def label(
     sample_size: Annotated[int, typer.Option(help="How many pool texts get a label.")] = 1000,
     max_tokens: MaxTokens = None,
     dtype: Precision = "float32",
-    option: Annotated[list[str] | None, typer.Option("--option", help="option=value of the method (repeatable).")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", help=LABEL_HELP)] = None,
     seed: SeedOption = 0,
 ) -> None:
     """Measure the influence of a sample of the pool on the target sets."""
@@ -85,7 +91,11 @@ def calibrate(
     dtype: Precision = "float32",
     option: Annotated[
         list[str] | None,
-        typer.Option("--option", help="option=value of one_step (repeatable), such as max_grad_norm=1.0 or max_target_texts=64."),
+        typer.Option(
+            "--option",
+            help="option=value of one_step and of what is compared and has it too (repeatable), such as max_grad_norm=1.0; "
+            "or max_target_texts=64.",
+        ),
     ] = None,
     seed: SeedOption = 0,
 ) -> None:
@@ -192,16 +202,37 @@ def select(
 
 
 @app.command()
+def explain(
+    run: RunFolder,
+    text_id: Annotated[list[str] | None, typer.Option("--text-id", help="Text of the pool to explain (repeatable).")] = None,
+    top: Annotated[
+        int | None, typer.Option(help="In place of --text-id: the texts with the highest scores; 3 by default.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="Labelled texts listed on each side.")] = 5,
+    surrogate: SurrogateOption = None,
+    method: Annotated[str, typer.Option(help="contributions, or for trees also boostin.")] = "contributions",
+) -> None:
+    """Say which labelled texts and which features made the scores of texts."""
+    from surrogate.explain_command import explain_stage
+
+    finish(explain_stage(run, text_id, top=top, top_k=top_k, surrogate=surrogate, method=method))
+
+
+@app.command()
 def methods(
+    name: Annotated[str | None, typer.Argument(help="One of them, with paper, cost, limit and options.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README instead of JSON.")] = False,
 ) -> None:
     """List oracle methods, encoders, surrogates and rules with their options."""
-    from surrogate.catalogue import as_markdown, catalogue
+    from surrogate.catalogue import as_markdown, as_text, described
 
     if markdown:
         sys.stdout.write(as_markdown())
-    else:
-        finish(catalogue())
+        return
+    found = described(name)
+    finish(found)
+    sys.stdout.flush()  # the text comes last on a terminal
+    sys.stderr.write(as_text(found, in_full=name is not None))
 
 
 @app.command()

@@ -8,9 +8,11 @@ from typing import Any
 
 from oracle.errors import InputError
 
+PYTHON_WORDS = {"True": True, "False": False, "None": None}  # as people write them; JSON has true, false and null
+
 
 def parse_plugin(given: str) -> tuple[str, dict[str, Any]]:
-    """Split `name:option=value,option=value` into a name and options; values are read as JSON where they are JSON.
+    """Split `name:option=value,option=value` into a name and options; values are read as `parse_options` reads them.
 
     Raises:
         InputError: A part has no `=`.
@@ -20,7 +22,7 @@ def parse_plugin(given: str) -> tuple[str, dict[str, Any]]:
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Read `option=value` pairs.
+    """Read `option=value` pairs; a value is JSON, or True, False or None as in Python, or else a string.
 
     Raises:
         InputError: A pair has no `=`.
@@ -30,8 +32,28 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise InputError(f"the option {pair!r} cannot be read.", "option=value", "write for example max_grad_norm=1.0.")
-        try:
-            options[key.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            options[key.strip()] = value
+        options[key.strip()] = _parse_value(value.strip())
     return options
+
+
+def split_plugins(given: str) -> list[str]:
+    """Split `name,name:option=value,option=value,name` into one string per plug-in, each as `parse_plugin` reads it.
+
+    A part that has `=` before any `:` is a further option of the plug-in before it.
+    """
+    found: list[str] = []
+    for part in (piece.strip() for piece in given.split(",")):
+        if found and ":" in found[-1] and "=" in part and ":" not in part.partition("=")[0]:
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return found
+
+
+def _parse_value(value: str) -> Any:
+    if value in PYTHON_WORDS:
+        return PYTHON_WORDS[value]
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from oracle import plugins
 from oracle.comparison import noise_ceiling
-from oracle.errors import InputError, check_at_least, check_choice
+from oracle.errors import InputError, check_choice, check_count
 from oracle.labels import Labels
 from oracle.methods import needs_of
 from oracle.targets import TargetSet, read_targets
+from surrogate.option_strings import parse_plugin, split_plugins
 from surrogate.pipeline import Run
 from surrogate.stages import give_pool, parse_targets, plugin_options, read_target_paths
 
@@ -75,6 +76,7 @@ class Measuring:
 def label_stage(folder: Path, given: Measuring, *, method: str, sample_size: int, options: Sequence[str]) -> dict[str, Any]:
     """Label a sample with a model from a folder or the hub."""
     accepted = plugin_options(METHODS, method, options, also=LABEL_OPTIONS)
+    _check_target_texts(accepted)
     target_sets, needs = given.target_sets(), needs_of(plugins.load(METHODS, method))
     _check_needs(f"method {method!r}", {"--model": (needs.model, given.model), "--target": (needs.targets, given.targets)})
     lm = None if given.model is None else given.language_model(target_sets)
@@ -99,8 +101,9 @@ def calibrate_stage(
     from oracle.calibration import MIN_TEXTS, REFERENCE, calibrate
 
     _check_needs("calibrate", {"--model": (True, given.model), "--target": (True, given.targets)})
-    names, accepted = _method_names(methods), plugin_options(METHODS, REFERENCE, options, also=REFERENCE_OPTIONS)
-    check_at_least("num_texts", num_texts, MIN_TEXTS)
+    chosen, accepted = _methods(methods), plugin_options(METHODS, REFERENCE, options, also=REFERENCE_OPTIONS)
+    _check_target_texts(accepted)
+    check_count("num_texts", num_texts, MIN_TEXTS)
     target_sets = given.target_sets()
     lm = given.trained_model(target_sets, needed_by="calibrate")
     run = Run(folder)
@@ -109,19 +112,19 @@ def calibrate_stage(
         lm,
         run.pool(),
         target_sets,
-        methods=names,
+        methods={name: {"method": method, **own} for name, (method, own) in chosen.items()},
         num_texts=num_texts,
         groups=groups,
         workdir=folder / "calibration",
         seed=given.seed,
         **accepted,
     )
-    _count_labels(run, "calibration", [rung.labels for rung in found.rungs])
+    _count_labels(run, "calibration", [rung.labels for rung in found.rungs if rung.labels is not None])
     sys.stderr.write(found.table() + "\n")
     return {
         "run_folder": str(folder),
         **pool_summary,
-        "num_texts": len(found.rungs[0].labels),
+        "num_texts": found.num_texts,
         "reference": REFERENCE,
         "methods": found.as_dict(),
         "cost": run.costs()["calibration"],
@@ -140,21 +143,24 @@ def judge_stage(
     target_texts: int,
 ) -> dict[str, Any]:
     """Label some texts of the pool and judge the labels by models retrained on parts of them; the table goes to stderr."""
+    from oracle.calibration import folder_name
     from oracle.judging.judge import judge
     from oracle.measure import label
 
     _check_needs("judge", {"--model": (True, given.model), "--target": (True, given.targets)})
-    names, target_sets = _method_names(methods), given.target_sets()
-    check_at_least("num_texts", num_texts, 1)
+    chosen, target_sets = _methods(methods), given.target_sets()
+    check_count("num_texts", num_texts, 1)
     lm = given.trained_model(target_sets, needed_by="judge")
     run = Run(folder)
     pool_summary = give_pool(run, given.pool, given.text_column)
     sample = run.sample(min(num_texts, len(run.pool())), seed=given.seed)
     shared: dict[str, Any] = {"max_target_texts": target_texts, "seed": given.seed}
     labels = {}
-    for name in names:
-        own_targets = target_sets if needs_of(plugins.load(METHODS, name)).targets else None
-        labels[name] = label(lm, sample, own_targets, method=name, workdir=folder / "judge" / "labels" / name, **shared)
+    for name, (method, own) in chosen.items():
+        own_folder = folder / "judge" / "labels" / folder_name(name)
+        looks = needs_of(plugins.load(METHODS, method)).targets
+        on_targets: dict[str, Any] = {"targets": target_sets, **shared} if looks else {"seed": given.seed}
+        labels[name] = label(lm, sample, method=method, workdir=own_folder, **on_targets, **own)
     _count_labels(run, "judge labels", list(labels.values()))
     found = judge(
         lm,
@@ -201,14 +207,28 @@ def _check_needs(what: str, given: Mapping[str, tuple[bool, Any]]) -> None:
         )
 
 
-def _method_names(given: str) -> list[str]:
-    """Read NAME,NAME,...; each one is a method, and named once."""
-    names = [name.strip() for name in given.split(",")]
-    for name in names:
-        check_choice("methods", name, plugins.names(METHODS))
-    if len(set(names)) < len(names):
-        raise InputError(f"--methods {given} names a method twice.", "each method once", "remove the repeated name.")
-    return names
+def _methods(given: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Read NAME,NAME:option=value,...: each as it was written -> method and options; all are tried before any measures.
+
+    Raises:
+        InputError: There is no such method, it refuses these options, or it is named twice with the same ones.
+    """
+    written = split_plugins(given)
+    if len(set(written)) < len(written):
+        raise InputError(
+            f"--methods {given} names a method twice.", "each method once with the same options", "remove the repeated name."
+        )
+    chosen = {name: parse_plugin(name) for name in written}
+    for method, options in chosen.values():
+        check_choice("methods", method, plugins.names(METHODS))
+        plugins.create(METHODS, method, options)
+    return chosen
+
+
+def _check_target_texts(options: Mapping[str, Any]) -> None:
+    """Refuse a number of target texts by the name that it has here."""
+    if options.get("max_target_texts") is not None:
+        check_count("max_target_texts", options["max_target_texts"])
 
 
 def _count_labels(run: Run, stage: str, measured: Iterable[Labels]) -> None:

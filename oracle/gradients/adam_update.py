@@ -2,9 +2,10 @@
 
 A step with gradient g moves the weights by -lr u(g), u(g) = m' / (1 - b1^t) / (sqrt(v' / (1 - b2^t)) + eps) with
 m' = b1 m + (1 - b1) g and v' = b2 v + (1 - b2) g^2, all of it as `torch.optim.Adam` does it. u is not linear in g,
-so it takes the text's whole gradient, one backward pass for each. What a step without any gradient does (momentum)
+so it takes the text's whole gradient, one backward pass for each. What a step with a gradient of 0 does (momentum)
 is the same for all texts and is subtracted, so that a text without gradient has 0. Decoupled weight decay, which is
-part of that, drops out; Adam's own, which is added to the gradient, does not.
+part of that, drops out; Adam's own, which is added to the gradient, does not. A parameter that the text's loss does not
+reach (an expert that no token was sent to) has no gradient, not one of 0: the step leaves it out, momentum, decay and all.
 
 Kingma and Ba 2015, arXiv 1412.6980; the first order of a step in data selection: LESS, Xia et al. 2024,
 arXiv 2402.04333 (which drops the bias correction and the learning rate).
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oracle.encoding import Batch, EncodedText
+from oracle.encoding import IGNORED, Batch, EncodedText
 from oracle.errors import InputError
 from oracle.gradients.products import LossFunction, Observer, Products, each_text, joined
 from oracle.gradients.text_products import TextMeasurements, measure_texts
@@ -104,8 +105,9 @@ class AdamUpdateProducts:
                 "set the rate of the phase that you select for (schedules end at 0), or use update='linear'.",
             )
         self.num_parts = next(iter(targets.values())).shape[0]
-        zeros = {name: torch.zeros(1, device=target.device).expand(target.shape[1:]) for name, target in targets.items()}
-        self.shared = self._products(zeros)  # (K,)
+        self._shared_of = {name: self._product(name, None) for name in self.steps}  # (K,) each
+        self._decay_of = {name: self._decay(name) for name in self.steps}
+        self.shared = torch.stack(list(self._shared_of.values())).sum(0)  # (K,)
 
     def measure(self, encoded: Sequence[EncodedText]) -> TextMeasurements:
         """One forward and backward pass for each text."""
@@ -124,26 +126,48 @@ class AdamUpdateProducts:
 
     def _run(self, batch: Batch) -> Products:
         products, square_norms, losses, observed = [], [], [], []
-        for text in each_text(self.lm.module, self.targets, self.losses, batch, observe=self.observe):
+        is_target = (batch.labels[:, 1:] != IGNORED).any(1).tolist()
+        texts = each_text(self.lm.module, self.targets, self.losses, batch, observe=self.observe)
+        for text, has_targets in zip(texts, is_target, strict=True):
             square_norm = sum((g.double().square().sum() for g in text.gradients.values()), torch.zeros((), dtype=torch.float64))
             scale = 1.0
             if self.max_grad_norm is not None:  # torch.nn.utils.clip_grad_norm_ has the same 1e-6
                 scale = min(1.0, self.max_grad_norm / (float(square_norm) ** 0.5 + 1e-6))
-            products.append(self._products(text.gradients, scale=scale) - self.shared)
+            products.append(self._products(text.gradients, scale=scale) if has_targets else torch.zeros_like(self.shared))
             square_norms.append(square_norm)
             losses.append(text.loss)
             observed.append(text.observed)
         return Products(torch.stack(products), torch.stack(square_norms), torch.cat(losses), joined(observed))
 
-    def _products(self, gradients: Mapping[str, Tensor], *, scale: float = 1.0) -> Tensor:
-        """(K,) products of the update with each target part; a parameter without gradient is stepped with 0."""
+    def _products(self, gradients: Mapping[str, Tensor], *, scale: float) -> Tensor:
+        """(K,) products of the update with each target part, beyond those of a step on all parameters with gradients of 0."""
         total = torch.zeros(self.num_parts, dtype=torch.float64)
-        for name, step in self.steps.items():
-            target = self.targets[name].reshape(self.num_parts, -1)  # (K, P)
-            gradient = gradients[name].reshape(-1) if name in gradients else target.new_zeros(1).expand(target.shape[1])
-            for first in range(0, target.shape[1], BLOCK_ELEMENTS):
-                update = step.update(gradient[first : first + BLOCK_ELEMENTS] * scale, first)
-                total += (target[:, first : first + BLOCK_ELEMENTS].double() @ update).cpu()
+        for name, shared in self._shared_of.items():
+            total += self._product(name, gradients[name], scale=scale) if name in gradients else -self._decay_of[name]
+            total -= shared
+        return total
+
+    def _product(self, name: str, gradient: Tensor | None, *, scale: float = 1.0) -> Tensor:
+        """(K,) products of one parameter's update; a gradient of None stands for one of 0."""
+        target = self.targets[name].reshape(self.num_parts, -1)  # (K, P)
+        flat = target.new_zeros(1).expand(target.shape[1]) if gradient is None else gradient.reshape(-1)
+        total = torch.zeros(self.num_parts, dtype=torch.float64)
+        for first in range(0, target.shape[1], BLOCK_ELEMENTS):
+            update = self.steps[name].update(flat[first : first + BLOCK_ELEMENTS] * scale, first)
+            total += (target[:, first : first + BLOCK_ELEMENTS].double() @ update).cpu()
+        return total
+
+    def _decay(self, name: str) -> Tensor:
+        """(K,) products of what decoupled weight decay subtracts from one parameter; 0 without it."""
+        step, total = self.steps[name], torch.zeros(self.num_parts, dtype=torch.float64)
+        rate = float(step.group["lr"]) * float(step.group["weight_decay"])
+        if rate == 0.0 or step.decay is not None:
+            return total
+        target = self.targets[name].reshape(self.num_parts, -1)  # (K, P)
+        weight = self.lm.module.get_parameter(name).detach().reshape(-1)
+        for first in range(0, target.shape[1], BLOCK_ELEMENTS):
+            rows = slice(first, first + BLOCK_ELEMENTS)
+            total += rate * (target[:, rows].double() @ weight[rows].double()).cpu()
         return total
 
 

@@ -18,6 +18,7 @@ from oracle.language_model import LanguageModel
 from oracle.target_columns import TargetColumns
 
 PRECONDITIONERS = ("auto", "adam", "none")
+NORM_BLOCK = 2**20  # elements of one direction that are multiplied in float64 at the same time
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,9 @@ def direction_norms(columns: TargetColumns, directions: dict[str, Tensor]) -> tu
     num_parts = len(columns.parts)
     gram = torch.zeros(num_parts, num_parts, dtype=torch.float64)
     for direction in directions.values():
-        flat = direction.reshape(num_parts, -1).double()
-        gram += (flat @ flat.T).cpu()
+        flat = direction.reshape(num_parts, -1)
+        for block in flat.split(NORM_BLOCK, dim=1):  # (K, P'), so that the copy in float64 stays small
+            gram += (block.double() @ block.double().T).cpu()
     weights = columns.combine(np.eye(num_parts))  # (K, C)
     whole = np.sqrt(np.maximum(np.einsum("kc,kl,lc->c", weights, gram.numpy(), weights), 0))
     halves = columns.halves(np.sqrt(np.diag(gram.numpy())))

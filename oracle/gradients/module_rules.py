@@ -77,22 +77,27 @@ class EmbeddingRule(Rule):
             output = output.expand(num_rows, *output.shape[1:])  # be a sum over the texts
         output = output if output.requires_grad else output.requires_grad_().clone()  # the model may change it in place
         if self.is_by_text(module, output):
+            ids = args[0] if args else kwargs.get("input")
+            if self.engine.norms and not self.engine.is_in_backward and isinstance(ids, Tensor) and ids.dtype == torch.long:
+                self.engine.tied.note_ids(self.names["weight"], looked_up(args, kwargs, output))
             output.register_hook(lambda b: self.backward(module, args, kwargs, b.float()))
         return output
 
     def backward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], b: Tensor) -> None:
         """Add the products of b (R, M, F)."""
         engine, layout, name = self.engine, self.engine.layout, self.names["weight"]
-        ids = (args[0] if args else kwargs["input"]).unsqueeze(-1)  # (R, M, 1)
-        ids = ids.expand(*b.shape[:-1], 1)
+        ids = looked_up(args, kwargs, b)  # (R, M, 1)
         if module.padding_idx is not None:  # torch gives that row no gradient
             b = b * (ids != module.padding_idx)  # (R, M, F)
         moved = (functional.embedding(ids.squeeze(-1), direction) for direction in engine.directions[name])  # K of (R, M, F)
         products = torch.stack([(rows * b).sum(-1, dtype=torch.float64) for rows in moved], dim=-1)  # (R, M, K)
         engine.add_products(name, layout.sum_by_text(products, dtype=torch.float64))
+        is_kept = engine.tied.is_kept(name)
+        for texts, of_both in engine.tied.products(name, b) if is_kept else []:
+            engine.add_square_norms(2 * of_both, first=texts.start)
         for texts in layout.groups() if engine.norms else []:
             own_ids, own_b = layout.by_text(ids, texts).squeeze(-1), layout.by_text(b, texts)  # (b, T), (b, T, F)
-            if engine.uses[name] == 1:
+            if engine.uses[name] == 1 or is_kept:
                 same = (own_ids.unsqueeze(1) == own_ids.unsqueeze(2)).double()  # (b, T, T): a row used twice adds up first
                 engine.add_square_norms(((own_b @ own_b.transpose(1, 2)).double() * same).sum((1, 2)), first=texts.start)
                 continue
@@ -124,10 +129,26 @@ class OtherEmbeddingRule(EmbeddingRule):
             with torch.enable_grad():
                 rows = output(weight.requires_grad_())
             owners = layout.owners.reshape(*b.shape[:-1], 1)  # (R, M, 1)
+            is_kept, firsts = engine.tied.is_kept(name), torch.zeros_like(b)  # every id's row, where it stands first
             for text in range(layout.num_texts):
-                own = (b * (owners == text)).to(rows.dtype)
-                (gradient,) = torch.autograd.grad(rows, weight, own, retain_graph=True)
+                is_own = owners == text
+                (gradient,) = torch.autograd.grad(rows, weight, (b * is_own).to(rows.dtype), retain_graph=True)
                 engine.add_norm(name, gradient.float().reshape(1, -1), slice(text, text + 1))
+                if is_kept:
+                    self.put_rows(firsts, gradient.float(), ids=looked_up(args, kwargs, b), is_own=is_own)
+            for texts, of_both in engine.tied.products(name, firsts) if is_kept else []:
+                engine.add_square_norms(2 * of_both, first=texts.start)
+
+    def put_rows(self, firsts: Tensor, gradient: Tensor, *, ids: Tensor, is_own: Tensor) -> None:
+        """Put the rows of a text's gradient (V, F) into `firsts` (R, M, F), each at the first of its own tokens with that id."""
+        places = is_own.reshape(-1).nonzero().squeeze(1)  # (T,)
+        own_ids = ids.reshape(-1)[places]
+        if bool(gradient.index_fill(0, own_ids, 0.0).any()):
+            raise UncoveredModuleError(
+                "an embedding shares its weight and moves rows that were not asked for", self.names.values()
+            )
+        is_first = ~(own_ids.unsqueeze(0) == own_ids.unsqueeze(1)).tril(-1).any(1)
+        firsts.reshape(-1, firsts.shape[-1])[places[is_first]] = gradient[own_ids[is_first]]
 
 
 class LinearRule(Rule):
@@ -167,11 +188,16 @@ class LinearRule(Rule):
     def add_by_gradients(self, x: Tensor, b: Tensor) -> None:
         """Several directions or norms: form the layer's gradients for a few texts at a time."""
         left, right = (x, b) if self.is_transposed else (b, x)
-        layout, bytes_per_text = self.engine.layout, left.shape[-1] * right.shape[-1] * 4
+        engine, name = self.engine, self.names["weight"]
+        layout, bytes_per_text = engine.layout, left.shape[-1] * right.shape[-1] * 4
+        is_pair = engine.norms and not self.is_transposed and engine.tied.is_pair(name, engine.uses[name])
+        is_pair = is_pair and name not in engine.pending
         for texts in layout.groups(at_most=max(1, GRADIENT_BLOCK_BYTES // bytes_per_text)):
             own_left, own_right = (layout.by_text(tensor, texts).to(b.dtype) for tensor in (left, right))  # (b, T, .)
+            if is_pair:
+                engine.tied.keep(name, texts, x=own_right, b=own_left)
             gradients = torch.bmm(own_left.transpose(1, 2), own_right)
-            self.engine.add_gradients(self.names["weight"], gradients.flatten(1), first=texts.start)
+            engine.add_gradients(name, gradients.flatten(1), first=texts.start)
 
 
 class TransposedLinearRule(LinearRule):
@@ -257,6 +283,11 @@ class ElementwiseRule(Rule):
     def _output(self, module: nn.Module, key: str, value: Tensor, x: Tensor) -> Tensor:
         with self.engine.rerunning(), torch.no_grad():
             return torch.func.functional_call(module, {key: value}, (x,))
+
+
+def looked_up(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    """Return the ids (R, M, 1) that an embedding was asked for, each beside its row of the output (R, M, F)."""
+    return (args[0] if args else kwargs["input"]).unsqueeze(-1).expand(*output.shape[:-1], 1)
 
 
 def _is_layer_norm(module: nn.Module) -> bool:

@@ -31,6 +31,7 @@ from oracle.gradients.coverage import holders
 from oracle.gradients.general_rule import UncoveredModuleError
 from oracle.gradients.module_rules import attach_rules, make_root
 from oracle.gradients.text_layout import TextLayout
+from oracle.gradients.tied_norms import TiedNorms
 
 SUM_BLOCK = 2**16  # elements summed in float32 before going on in float64
 
@@ -146,6 +147,7 @@ class GradientProducts:
         self.by_parameter: dict[str, Tensor] = {}
         self.uses: dict[str, int] = {}
         self.pending: dict[str, tuple[Tensor, Tensor]] = {}
+        self.tied = TiedNorms(self.layout)
         self.refused: dict[str, str] = {}
         self.is_in_backward = self.is_rerunning = False
         with uncompiled(self.module):
@@ -215,7 +217,7 @@ class GradientProducts:
 
     def add_norm(self, name: str, gradients: Tensor, rows: slice) -> None:
         """Add the squared norms of (b, P) gradients; those of a parameter used more than once only after its last use."""
-        if self.uses[name] == 1:
+        if self.uses[name] == 1 or self.tied.is_kept(name):
             self.square_norms[rows] += gradients.square().sum(1, dtype=torch.float64)
             return
         if name not in self.pending:

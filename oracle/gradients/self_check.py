@@ -1,6 +1,7 @@
 """The check that runs on the first batch, always: are the products those of ordinary gradients, text by text?
 
-It needs no per-text reference: one ordinary gradient of the whole batch, and one text alone.
+It needs no per-text reference: one ordinary gradient of the whole batch, and one text alone. A batch without any gradient
+(prompts so long that their targets were cut off) shows nothing, and says so.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ class SelfCheck:
             the single text (the one with the largest products), relative to the largest absolute product.
         by_parameter: Each parameter's own error of the sum, relative to the same.
         unused: Parameters that have a gradient, and whose modules were not called.
+        is_empty: Whether all products and all ordinary gradients are 0, so that nothing was compared.
     """
 
     error: float
     by_parameter: dict[str, float]
     unused: list[str]
+    is_empty: bool
 
 
 def check_products(engine: GradientProducts, batch: Batch) -> SelfCheck:
@@ -50,20 +53,22 @@ def check_products(engine: GradientProducts, batch: Batch) -> SelfCheck:
         row = int((measured.abs() / largest).sum(1).argmax())
         alone = engine(batch.some(slice(row, row + 1))).products[0] if len(measured) > 1 else measured[0]
     scale = measured.abs().sum(0).clamp_min(tiny)  # (K,)
-    expected, by_parameter, unused = torch.zeros_like(scale), {}, []
+    expected, by_parameter, unused, is_empty = torch.zeros_like(scale), {}, [], not bool(measured.any())
     for name, gradient in zip(parameters, gradients, strict=True):
         own = torch.zeros_like(scale)
         if gradient is not None:
             directions = engine.directions[name].reshape(engine.num_directions, -1)
             with torch.autocast(gradient.device.type, enabled=False):
                 own = dot_in_blocks(gradient.float().reshape(1, -1), directions)[0]
-            if name not in uses and bool((gradient != 0).any()):
-                unused.append(name)
+            if bool(gradient.any()):
+                is_empty = False
+                if name not in uses:
+                    unused.append(name)
         expected += own
         by_parameter[name] = float(((sums.get(name, 0.0) - own).abs() / scale).max())
     error_of_sum = (measured.sum(0) - expected).abs() / scale
     error_of_single = (measured[row] - alone).abs() / largest
-    return SelfCheck(float(torch.maximum(error_of_sum, error_of_single).max()), by_parameter, unused)
+    return SelfCheck(float(torch.maximum(error_of_sum, error_of_single).max()), by_parameter, unused, is_empty)
 
 
 def self_check(engine: GradientProducts, batch: Batch) -> float:

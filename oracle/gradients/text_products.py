@@ -1,9 +1,9 @@
 """Products for any number of texts, by the batched identity where it holds and by the plain loop where it does not.
 
-The first batch is checked against one ordinary gradient (`check_products`). Parameters that the check finds wrong, or that
-no rule covers, go to the next larger module, which is then run again for each text; the rest stays as it is. A model
-for which that does not help takes one backward pass per text from then on, with a warning and a line in the labels'
-facts, which name the parameters in either case.
+The first batch that has a gradient is checked against an ordinary one (`check_products`). Parameters that the check finds
+wrong, or that no rule covers, go to the next larger module, which is then run again for each text; the rest stays as it
+is. A model for which that does not help takes one backward pass per text from then on, with a warning and a line in the
+labels' facts, which name the parameters in either case.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oracle.encoding import Batch, EncodedText
+from oracle.encoding import IGNORED, Batch, EncodedText
 from oracle.gradients.general_rule import UncoveredModuleError
 from oracle.gradients.products import GradientProducts, LossFunction, Observer, PerTextProducts, Products, joined
 from oracle.gradients.self_check import check_products
@@ -101,8 +101,8 @@ class TextProducts:
         self.lm, self.directions, self.norms, self.method = lm, directions, norms, method
         self.route = "per_text" if per_text else "batched"
         self.self_check_error: float | None = None
-        self._largest_checked = 0  # texts in the batch that was checked; one text alone cannot be given to the wrong one
-        self._has_checked_packed = False
+        # Texts with targets in the batch that was checked, by whether it was packed; one alone cannot go to the wrong text.
+        self._largest_checked = {False: 0, True: 0}
         self._unpacked_because = ""  # what the check found wrong with packed rows
         self.slow_parameters: set[str] = set()  # those that forced the plain loop, for the model or for a batch
         loss_function = lm.text_losses if losses is None else losses
@@ -154,9 +154,10 @@ class TextProducts:
         return self._slow(batch)
 
     def _is_unchecked(self, batch: Batch) -> bool:
-        if batch.packed is not None:
-            return not self._has_checked_packed and not self._unpacked_because
-        return self.route == "batched" and self._largest_checked < min(len(batch.input_ids), 2)
+        num_checked = self._largest_checked[batch.packed is not None]
+        if num_checked >= 2 or (batch.packed is not None and self._unpacked_because):
+            return False
+        return num_checked == 0 or _num_with_targets(batch) >= 2
 
     def _choose_route(self, batch: Batch) -> None:
         """Check the identity on a batch, and move up what fails until it holds, or unpack rows, or take the plain loop."""
@@ -166,6 +167,8 @@ class TextProducts:
         moved_up = dict(self._fast.moved_up)
         while True:
             error, failed, reason = self._check(batch, tolerance)
+            if not reason and error is None:  # a batch without any gradient shows nothing: the next one is checked
+                return
             if not reason:
                 break
             if not failed or not self._fast.move_up(failed):
@@ -177,10 +180,7 @@ class TextProducts:
                 self._take_slow_route(f"per_text ({reason})", failed)
                 break
         self.self_check_error = error
-        if batch.packed is not None:
-            self._has_checked_packed = True
-        else:
-            self._largest_checked = len(batch.input_ids)
+        self._largest_checked[batch.packed is not None] = max(_num_with_targets(batch), 1)
 
     def _unpack_from_now_on(self, reason: str) -> None:
         self._unpacked_because = reason
@@ -188,11 +188,16 @@ class TextProducts:
         warnings.warn(told, UnpackedWarning, stacklevel=2)
 
     def _check(self, batch: Batch, tolerance: float) -> tuple[float | None, list[str], str]:
-        """Return the self-check's error, the parameters that fail it, and why; no reason where the products are right."""
+        """Return the self-check's error, the parameters that fail it, and why; no reason where the products are right.
+
+        Where there was nothing to check there is neither error nor reason.
+        """
         try:
             check = check_products(self._fast, batch)
         except UncoveredModuleError as error:
             return None, error.parameters, str(error)
+        if check.is_empty:
+            return None, [], ""
         if check.error <= tolerance:
             reason = "a weight is used although its module is not called" if check.unused else ""
             return check.error, check.unused, reason
@@ -212,6 +217,10 @@ class TextProducts:
                 stacklevel=2,
             )
         self.route = route
+
+
+def _num_with_targets(batch: Batch) -> int:
+    return int((batch.labels[:, 1:] != IGNORED).any(1).sum())
 
 
 def _joined(parts: Sequence[Products]) -> Products:

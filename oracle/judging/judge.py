@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from oracle.errors import InputError, InputTypeError, MismatchError, check_at_least
+from oracle import plugins
+from oracle.errors import InputError, InputTypeError, MismatchError, check_count
 from oracle.judging.datamodelling import Ceiling, Score, datamodelling_scores, draw_subsets, predicted_effects, score_ceilings
 from oracle.judging.planted import Planted, Recovery, recovery
 from oracle.judging.retraining import Retrained, Retraining, RetrainingPlan, Subset
@@ -27,6 +28,8 @@ from oracle.judging.shares import BOTTOM, JUDGES, RANDOM, TOP, SharePlan, Worth,
 from oracle.judging.verdicts import Judgement, Verdict, label_cost
 from oracle.labels import Labels
 from oracle.language_model import LanguageModel
+from oracle.measure import METHODS
+from oracle.methods import needs_of
 from oracle.target_columns import prepare_targets
 from oracle.targets import TargetSet, read_targets
 from oracle.texts import list_text_ids, read_texts
@@ -91,7 +94,9 @@ def judge(
         >>> print(found.table())                                                              # doctest: +SKIP
     """
     for option, value, minimum in (("num_seeds", num_seeds, 1), ("num_bootstrap", num_bootstrap, 1), ("seed", seed, 0)):
-        check_at_least(option, value, minimum)
+        check_count(option, value, minimum)
+    if max_target_texts is not None:
+        check_count("max_target_texts", max_target_texts)
     texts = read_texts(sample)
     target_sets = read_targets(targets, max_texts=max_target_texts, seed=seed)
     names = [target.name for target in target_sets]
@@ -269,9 +274,14 @@ def _sameness(labels: Labels, lm: LanguageModel, targets: Sequence[TargetSet]) -
     """Whether labels were measured at this checkpoint, and on these target texts; None where they do not say."""
     checkpoint, texts = labels.meta.get("checkpoint"), labels.meta.get("targets")
     return (
-        None if checkpoint is None else checkpoint == lm.fingerprint(optimizer=True),
+        None if checkpoint is None else checkpoint == lm.fingerprint(optimizer=_depends_on_optimizer(labels)),
         None if not texts else all(texts.get(target.name) == target.fingerprint for target in targets),
     )
+
+
+def _depends_on_optimizer(labels: Labels) -> bool:
+    method = labels.meta.get("method")
+    return method not in plugins.names(METHODS) or needs_of(plugins.load(METHODS, method)).optimizer
 
 
 def _check_judges(num_subsets: int, share: float | None, planted: Planted | None, *, alpha: float, num_texts: int) -> None:
@@ -281,7 +291,7 @@ def _check_judges(num_subsets: int, share: float | None, planted: Planted | None
             "num_subsets=0, share=None and planted=None leave no judge.", "at least one of the three", "give one of them."
         )
     if num_subsets:
-        check_at_least("num_subsets", num_subsets, MIN_SUBSETS)
+        check_count("num_subsets", num_subsets, MIN_SUBSETS)
     for option, value, largest in (("alpha", alpha if num_subsets else None, 1.0), ("share", share, 0.5)):
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (is_number and 0 < value <= largest and 0 < round(value * num_texts) < num_texts):

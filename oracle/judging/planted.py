@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from oracle.comparison import average_ranks
-from oracle.errors import InputError, check_at_least, check_choice
+from oracle.errors import InputError, check_choice, check_count
 from oracle.judging.retraining import hash_order
 from oracle.labels import Labels
 from oracle.targets import TargetSet, read_targets
@@ -111,7 +111,7 @@ def plant(sample: Any, targets: Targets, *, kinds: Sequence[str] | None = None, 
         InputError: Too few texts are long enough, a kind is unknown or does not fit the format, or the target sets have
             another format than the sample (copies for a sample of plain text are made of any but token ids).
     """
-    check_at_least("num_per_kind", num_per_kind, 1)
+    check_count("num_per_kind", num_per_kind)
     texts = read_texts(sample)
     format_name = text_format(texts)
     chosen = _check_kinds(kinds, format_name)

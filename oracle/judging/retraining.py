@@ -5,8 +5,9 @@ an order of salted hashes of their ids, so two subsets see the texts that they s
 of the noise of the order out of their difference, and rows and positions decide nothing. Each retrained model is a
 small file; killed and run again, a call trains only those that are missing.
 
-The loop is plain on purpose: whole texts in batches, nothing packed, the optimiser's own constant learning rate. A text
-weighs in its batch as labels see it: by the mean over its tokens or, with `text_loss="sum"`, by the number of them.
+The loop is plain on purpose: whole texts in batches, nothing packed, no autocast, the optimiser's own constant learning
+rate. A text weighs in its batch as labels see it: by the mean over its tokens or, with `text_loss="sum"`, by the number
+of them.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import numpy as np
 import torch
 
 from oracle.artifacts import fingerprint, read_json, require_same, write_json
-from oracle.encoding import EncodedText
-from oracle.errors import InputError, MismatchError, NotFiniteError, check_at_least, check_choice
+from oracle.checkpoint_identity import checkpoint_identity, reading_identity
+from oracle.encoding import IGNORED, EncodedText
+from oracle.errors import InputError, MismatchError, NotFiniteError, check_at_least, check_choice, check_count
 from oracle.language_model import REDUCTIONS, LanguageModel
 from oracle.optimizers import require_optimizer
 from oracle.progress import track
@@ -57,10 +59,10 @@ class RetrainingPlan:
     text_loss: str = "mean"
 
     def __post_init__(self) -> None:
-        check_at_least("batch_size", self.batch_size, 1)
+        check_count("batch_size", self.batch_size)
         check_choice("text_loss", self.text_loss, REDUCTIONS)
         if self.num_steps is not None:
-            check_at_least("num_steps", self.num_steps, 1)
+            check_count("num_steps", self.num_steps)
         if self.max_grad_norm is not None:
             check_at_least("max_grad_norm", self.max_grad_norm, 1e-30)
 
@@ -170,10 +172,10 @@ class Retraining:
         self._seconds: dict[str, float] = {}
         self._folder = None if self.workdir is None else Path(self.workdir)
         if self._folder is not None:
-            path = self._folder / IDENTITY_FILE
-            if path.exists():
+            path, has_models = self._folder / IDENTITY_FILE, any((self._folder / "models").glob("*.json"))
+            if has_models and path.exists():
                 require_same(read_json(path), self._identity(), where=self._folder)
-            else:
+            else:  # without a model it may still be given another identity
                 write_json(path, self._identity())
 
     def run(self, subsets: Sequence[Subset], *, title: str = "retrain") -> list[Retrained]:
@@ -190,7 +192,8 @@ class Retraining:
         with track(title, len(distinct), unit="models") as tracker:
             tracker.advance(len(distinct) - len(missing))
             if missing:
-                with torch.enable_grad(), self.lm.preserved() as snapshot:
+                outside = torch.autocast(self.lm.device.type, enabled=False)  # it would go on with weights from before a step
+                with outside, torch.enable_grad(), self.lm.preserved() as snapshot:
                     before = self.columns.losses(self.lm)  # (K,)
                     _check_finite(before, "the loss on the target sets before training")
                     for subset in missing:
@@ -268,18 +271,23 @@ class Retraining:
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for stored models to be gone on with; the texts' ids name their files."""
-        module, columns = self.lm.module, self.columns
-        batches = [[batch.input_ids.tolist(), batch.labels.tolist()] for batch in columns.batches]
         return {
             "plan": asdict(self.plan),
-            "checkpoint": self.lm.fingerprint(optimizer=True),
-            "trainable_parameters": fingerprint(sorted(name for name, p in module.named_parameters() if p.requires_grad)),
-            "tokenizer": self.lm.tokenizer_fingerprint(),
-            "max_tokens": self.lm.max_tokens,
-            "device": self.lm.device.type,
-            "targets": columns.names,
-            "target_batches": fingerprint([batches, columns.batch_parts, columns.parts]),
+            **checkpoint_identity(self.lm, autocast=False),
+            **reading_identity(self.lm),
+            "targets": self.columns.names,
+            "target_ids": fingerprint([_target_ids(self.columns), self.columns.parts]),
         }
+
+
+def _target_ids(columns: TargetColumns) -> list[list[tuple[list[int], list[int]]]]:
+    """Return ids and labels of every part's texts, K lists, however they are batched, padded or packed."""
+    found: list[list[tuple[list[int], list[int]]]] = [[] for _ in columns.parts]
+    for batch, part in zip(columns.batches, columns.batch_parts, strict=True):
+        for ids, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
+            length = 1 + max(place for place, label in enumerate(labels) if label != IGNORED)  # no loss depends on what follows
+            found[part].append((ids[:length], labels[:length]))
+    return [sorted(texts) for texts in found]
 
 
 def hash_order(text_ids: Sequence[str], salt: str) -> list[str]:
@@ -307,7 +315,7 @@ def _train(lm: LanguageModel, encoded: Sequence[EncodedText], *, plan: Retrainin
             parameter.grad = None
         weight = len(texts) if plan.text_loss == "mean" else max(sum(text.num_targets for text in texts), 1)
         total = 0.0
-        for batch in lm.batches(texts):  # one, or several where the memory asks for it
+        for batch in lm.batches(texts, packing=False):  # one, or several where the memory asks for it
             loss = lm.text_losses(batch, reduction=plan.text_loss).sum() / weight
             loss.backward()
             total += float(loss.detach())

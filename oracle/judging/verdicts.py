@@ -14,6 +14,7 @@ from oracle.judging.shares import ADDITION, BOTTOM, JUDGES, REMOVAL, TOP, Worth
 from oracle.tables import aligned
 
 MEAN = "(mean)"  # no target set can be called so
+MIN_INTERVAL_SUBSETS = 8  # a bootstrap over fewer subsets draws the same few again and gives no interval
 COST_KEYS = ("label_flops", "label_seconds", "num_tokens", "num_labelled", "prepare_flops", "prepare_seconds")
 
 
@@ -83,7 +84,7 @@ class Judgement:
         digits = self._digits()
         for name, verdict in self.methods.items():
             for target in [*self.target_names, *([MEAN] if has_lds and len(self.target_names) > 1 else [])]:
-                cells = _score_cells(verdict.lds_mean if target == MEAN else verdict.lds[target]) if has_lds else []
+                cells = self._score_cells(verdict.lds_mean if target == MEAN else verdict.lds[target]) if has_lds else []
                 cells += _share_cells(verdict.shares.get(target), digits) if has_shares else []
                 cells += [_recovery_cell(verdict.planted[kind].get(target)) for kind in kinds]
                 lines.append([name, target, *cells, "-" if verdict.cost is None else f"{verdict.cost.passes_per_text:.2f}"])
@@ -93,13 +94,22 @@ class Judgement:
         return "\n".join([aligned(lines, num_names=2), *self._notes(kinds)])
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything as JSON values."""
+        """Return everything as JSON values; intervals of too few subsets are None."""
         return {
-            "methods": {name: _verdict_as_dict(verdict) for name, verdict in self.methods.items()},
+            "methods": {
+                name: _verdict_as_dict(verdict, has_interval=self._has_interval()) for name, verdict in self.methods.items()
+            },
             "ceilings": {name: None if ceiling is None else asdict(ceiling) for name, ceiling in self.ceilings.items()},
             "settings": self.settings,
             "cost": self.cost,
         }
+
+    def _has_interval(self) -> bool:
+        return bool(self.settings["num_subsets"] >= MIN_INTERVAL_SUBSETS)
+
+    def _score_cells(self, score: Score | None) -> list[str]:
+        assert score is not None
+        return [f"{score.value:.3f}", f"{score.low:.2f} to {score.high:.2f}" if self._has_interval() else "-"]
 
     def _digits(self) -> int:
         """Decimals that show two digits of the largest worth of a share."""
@@ -108,10 +118,15 @@ class Judgement:
 
     def _notes(self, kinds: list[str]) -> list[str]:
         notes = []
+        if self.ceilings and not self._has_interval():
+            notes.append(f"{self.settings['num_subsets']} subsets give no interval; it takes {MIN_INTERVAL_SUBSETS}")
+        notes += self._above_ceiling()
         if self.settings["share"] is not None:
+            num_seeds = self.settings["num_seeds"]
             notes.append(
                 f"{REMOVAL} and {ADDITION}: by how many nats the {100 * self.settings['share']:g} % of the texts lower the loss "
-                f"more than random ones do, mean ± standard deviation of {self.settings['num_seeds']} seeds"
+                "more than random ones do, "
+                + (f"mean ± standard deviation of {num_seeds} seeds" if num_seeds > 1 else "with one seed, so without spread")
             )
         if kinds:
             notes.append(f"{', '.join(kinds)}: AUC/recall, and how many rank below their original")
@@ -121,6 +136,22 @@ class Judgement:
             if verdict.same_target_texts is False:
                 notes.append(f"{name}: labels of other target texts")
         return notes
+
+    def _above_ceiling(self) -> list[str]:
+        """Say where a score is higher than labels without error would be expected to reach."""
+        above = [
+            f"{name} on {target}"
+            for name, verdict in self.methods.items()
+            for target, score in verdict.lds.items()
+            for ceiling in [self.ceilings.get(target)]
+            if ceiling is not None and score.value > ceiling.ceiling
+        ]
+        if not above:
+            return []
+        return [
+            f"above the ceiling: {', '.join(above)}; the ceiling is an estimate from these few models"
+            ", and from target halves it leaves out the noise that labels of the same target texts share"
+        ]
 
 
 def label_cost(meta: Mapping[str, Any], *, forward_flops_per_token: float) -> LabelCost | None:
@@ -139,10 +170,14 @@ def label_cost(meta: Mapping[str, Any], *, forward_flops_per_token: float) -> La
     return LabelCost(passes[0], passes[1], cost["label_seconds"] / cost["num_labelled"])
 
 
-def _verdict_as_dict(verdict: Verdict) -> dict[str, Any]:
+def _verdict_as_dict(verdict: Verdict, *, has_interval: bool) -> dict[str, Any]:
+    def score_as_dict(score: Score) -> dict[str, float | None]:
+        ends = (score.low, score.high) if has_interval else (None, None)
+        return {"value": score.value, "low": ends[0], "high": ends[1]}
+
     return {
-        "lds": {target: _score_as_dict(score) for target, score in verdict.lds.items()},
-        "lds_mean": None if verdict.lds_mean is None else _score_as_dict(verdict.lds_mean),
+        "lds": {target: score_as_dict(score) for target, score in verdict.lds.items()},
+        "lds_mean": None if verdict.lds_mean is None else score_as_dict(verdict.lds_mean),
         **{
             judge: {
                 target: {
@@ -160,15 +195,6 @@ def _verdict_as_dict(verdict: Verdict) -> dict[str, Any]:
         "same_checkpoint": verdict.same_checkpoint,
         "same_target_texts": verdict.same_target_texts,
     }
-
-
-def _score_as_dict(score: Score) -> dict[str, float]:
-    return {"value": score.value, "low": score.low, "high": score.high}
-
-
-def _score_cells(score: Score | None) -> list[str]:
-    assert score is not None
-    return [f"{score.value:.3f}", f"{score.low:.2f} to {score.high:.2f}"]
 
 
 def _all_worths(verdict: Verdict) -> list[Worth]:

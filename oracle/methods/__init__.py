@@ -3,7 +3,8 @@
 A method is a keyword-only dataclass whose fields are its options, with
 
 - `plugin_name`: its name; `needs_optimizer`: whether the model must come with its optimiser;
-  `changes_weights`: whether it steps the weights (they are then copied and put back);
+  `changes_weights`: whether it steps the weights (they are then copied and put back, and a `torch.autocast` around the
+  call is switched off, because it would go on with copies of the weights from before the step);
 - `prepare(lm, columns)`: everything that does not depend on the text, once;
 - `measure(encoded) -> Measured`: a few texts' influence on every target set;
 - `units`: after `prepare`, what one unit of a value is;
@@ -19,6 +20,7 @@ variables, which may be left out (`needs_of` has their defaults):
 - `needs_model = False`: `label` takes `lm=None`. `prepare` gets that or the model (whose tokenizer it may use),
   and `TextTargets` for columns; `measure` gets the texts themselves, as `read_texts` returns them.
 - `needs_targets = False`: `label` takes no targets. The labels have one column, named like the method, and no halves.
+- `uses_optimizer = False`: the values do not depend on the optimiser, so its state is no part of the labels' identity.
 - `needs_whole_sample = True`: `measure` gets the whole sample at once, because a text's value depends on the others.
   The sample then belongs to the identity of the labels: a grown sample is refused, not added to.
 
@@ -72,11 +74,13 @@ class Needs:
     Attributes:
         model: A model, target columns and encoded texts; without it, `TextTargets` and the texts themselves.
         targets: Target sets; without them there is one column, named like the method.
+        optimizer: Labels of the same optimiser state only, where it has one.
         whole_sample: The whole sample in one call of `measure`.
     """
 
     model: bool
     targets: bool
+    optimizer: bool
     whole_sample: bool
 
 
@@ -85,5 +89,6 @@ def needs_of(method: Any) -> Needs:
     return Needs(
         model=getattr(method, "needs_model", True),
         targets=getattr(method, "needs_targets", True),
+        optimizer=getattr(method, "uses_optimizer", True),
         whole_sample=getattr(method, "needs_whole_sample", False),
     )

@@ -57,6 +57,7 @@ class Ekfac:
 
     plugin_name: ClassVar[str] = "ekfac"
     needs_optimizer: ClassVar[bool] = False
+    uses_optimizer: ClassVar[bool] = False
     changes_weights: ClassVar[bool] = False
 
     factors: str | None = field(

@@ -134,7 +134,8 @@ class GradDot:
                 )
                 return
             self.directions_: Directions = prepare_directions(lm, columns, preconditioner=self.preconditioner)
-        self.direction_norms_ = direction_norms(columns, self.directions_.tensors)  # whole (C,) and halves (2, C)
+        if self.similarity == "cosine":
+            self.direction_norms_ = direction_norms(columns, self.directions_.tensors)  # whole (C,) and halves (2, C)
         self.products_ = TextProducts(
             lm,
             self.directions_.tensors,

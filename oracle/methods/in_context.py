@@ -44,6 +44,7 @@ class InContext:
 
     plugin_name: ClassVar[str] = "in_context"
     needs_optimizer: ClassVar[bool] = False
+    uses_optimizer: ClassVar[bool] = False
     changes_weights: ClassVar[bool] = False
 
     distance: str = option(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from oracle.encoding import EncodedText, make_batch
-from oracle.errors import InputError, check_at_least, check_choice
+from oracle.errors import InputError, check_choice, check_count
 from oracle.gradients import adam_update
 from oracle.gradients.adam_update import AdamStep, adam_steps
 from oracle.gradients.metric import direction_norms
@@ -76,7 +76,7 @@ class Less:
         check_choice("similarity", self.similarity, ("cosine", "dot"))
         check_choice("text_loss", self.text_loss, REDUCTIONS)
         if self.projection_dim is not None:
-            check_at_least("projection_dim", self.projection_dim, 1)
+            check_count("projection_dim", self.projection_dim)
         elif self.projection_seed:
             raise InputError(
                 f"projection_seed={self.projection_seed} has no effect without projection_dim.",

@@ -32,7 +32,8 @@ class OneStep:
     Paper:
         MATES, Yu et al. 2024, arXiv 2406.06046.
     Cost:
-        One training step and one evaluation of all target sets per text; a copy of weights and optimiser state.
+        One training step and one evaluation of all target sets per text; two copies of weights and optimiser state, one of
+        them for the way back after an error.
     Limit:
         With SGD, divided by its learning rate, it tends to `grad_dot` as the learning rate tends to 0.
 

@@ -22,7 +22,7 @@ import torch
 
 from oracle.artifacts import fingerprint
 from oracle.encoding import EncodedText
-from oracle.errors import InputError, NotFiniteError, check_at_least, check_choice
+from oracle.errors import InputError, NotFiniteError, check_at_least, check_choice, check_count
 from oracle.language_model import REDUCTIONS, LanguageModel
 from oracle.methods import Measured
 from oracle.optimizers import require_optimizer
@@ -62,7 +62,7 @@ class Rollout:
         Group-MATES, Yu et al. 2025, arXiv 2502.14709.
     Cost:
         Per text and rollout, the training steps from the text's place on (half of them on average) and one evaluation
-        of all target sets; two copies of weights and optimiser state.
+        of all target sets; three copies of weights and optimiser state: for the way back, at the start and before the place.
     Limit:
         With `num_steps=1` and `batch_size=1` it is `one_step` of the text minus `one_step` of the companion.
 
@@ -92,7 +92,7 @@ class Rollout:
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "num_rollouts"):
-            check_at_least(name, getattr(self, name), 1)
+            check_count(name, getattr(self, name))
         check_choice("text_loss", self.text_loss, REDUCTIONS)
         if self.max_grad_norm is not None:
             check_at_least("max_grad_norm", self.max_grad_norm, 1e-30)

@@ -78,6 +78,7 @@ class SelfRating:
 
     plugin_name: ClassVar[str] = "self_rating"
     needs_optimizer: ClassVar[bool] = False
+    uses_optimizer: ClassVar[bool] = False
     changes_weights: ClassVar[bool] = False
     needs_targets: ClassVar[bool] = False
 

@@ -37,8 +37,10 @@ class TwoForward:
     Limit:
         As `relative_step` tends to 0 (in float64) it tends to `grad_dot`, the error falling as the step's square.
 
-    Units and sign are those of `grad_dot`. Use `grad_dot` where its batched way covers the model and there are several
-    target sets or halves; use this one for a model that is not covered, or for one target set.
+    Units and sign are those of `grad_dot`. A step that is inexact on the target's own texts is refused; one that is inexact on
+    the first block of the sample (facts: `first_block_relative_error` above 0.005) is told in a warning. Use `grad_dot`
+    where its batched way covers the model and there are several target sets or halves; use this one for a model that is
+    not covered, or for one target set.
     """
 
     plugin_name: ClassVar[str] = "two_forward"
@@ -90,7 +92,7 @@ class TwoForward:
         return Measured(self.columns_.combine(products), self.columns_.halves(products), {"text_loss": losses})
 
     def facts(self) -> dict[str, Any]:
-        """The step along each direction, and what doubling it changes on the target's own texts and on the first block."""
+        """The step along each direction, and what doubling it changes on the target's own texts and on a first block."""
         return {
             "relative_steps": [step.relative for step in self.differences_.steps],
             "self_check_relative_errors": [step.error for step in self.differences_.steps],

@@ -9,7 +9,7 @@ import pytest
 
 import oracle
 from oracle.comparison import spearman, spearman_within, top_overlap
-from oracle.errors import MismatchError
+from oracle.errors import InputError, InputTypeError, MismatchError
 from oracle.labels import Labels
 
 
@@ -113,3 +113,15 @@ def test_the_signal_kept_leaves_out_the_noise_that_two_methods_share():
     assert oracle.agreement(reference, _labels(cheap))["t"].signal_kept is None
     unrelated = rng.normal(size=(2, 20_000))
     assert abs(oracle.agreement(reference, _labels(unrelated[0], halves=unrelated[:, :, None]))["t"].signal_kept) < 0.05
+
+
+def test_what_cannot_be_compared_is_refused_in_words():
+    labels = _labels([1, 2, 3])
+    with pytest.raises(InputTypeError, match=r"a ndarray was given for labels[\s\S]*from_values"):
+        oracle.agreement(labels, labels.values)
+    with pytest.raises(InputError, match="1 groups for the 3 texts"):
+        oracle.agreement(labels, labels, groups=["x"])
+    for fraction in (2.0, 0.0, -0.1, float("nan"), "0.2"):
+        with pytest.raises(InputError, match="top_fraction="):
+            oracle.agreement(labels, labels, top_fraction=fraction)
+    assert oracle.agreement(labels, labels, top_fraction=1)["t"].top_overlap == 1.0

@@ -57,7 +57,7 @@ def test_labels_outside_the_sample_stay_behind_it(tmp_path):
 
 
 def test_another_identity_is_refused(tmp_path):
-    LabelStore(tmp_path, ["a", "b"], IDENTITY)
+    LabelStore(tmp_path, ["a", "b"], IDENTITY).add(block("x"), seconds=1.0)
     with pytest.raises(MismatchError, match="seed: stored 0, asked 1"):
         LabelStore(tmp_path, ["a", "b"], {**IDENTITY, "seed": 1})
 
@@ -76,3 +76,15 @@ def test_blocks_that_never_arrived_are_missed_by_name_of_the_folder(tmp_path):
     store.check_all_there(["x"])
     with pytest.raises(InputError, match=f"2 of 3 texts .* not in {tmp_path}"):
         store.check_all_there(["x", "y", "z"])
+
+
+def test_a_folder_without_a_finished_row_takes_another_identity_and_the_first_call_then_stops(tmp_path):
+    first = LabelStore(tmp_path, ["a", "b"], IDENTITY)
+    (tmp_path / "blocks").mkdir()
+    (tmp_path / "blocks/unfinished.json").write_text('{"seconds": 9.0}')
+    second = LabelStore(tmp_path, ["a", "b"], {**IDENTITY, "seed": 1})
+    assert second.seconds == 0.0
+    second.add(block("x"), seconds=1.0)
+    with pytest.raises(MismatchError, match="seed: stored 1, asked 0"):
+        first.add(block("yy"), seconds=1.0)
+    assert LabelStore(tmp_path, ["a", "b"], {**IDENTITY, "seed": 1}).done() == {"x"}

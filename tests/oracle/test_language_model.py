@@ -139,7 +139,7 @@ def test_bfloat16_losses_are_close_to_float32(make_module, make_token_texts, tmp
     module.save_pretrained(tmp_path)
     rows = make_token_texts(5, seed=1)
     exact = oracle.LanguageModel(module, max_tokens=64).losses(rows)
-    low = oracle.LanguageModel.from_pretrained(tmp_path, dtype="bfloat16", max_tokens=64)
+    low = oracle.LanguageModel.from_pretrained(tmp_path, dtype=torch.bfloat16, max_tokens=64)
     assert next(low.module.parameters()).dtype == torch.bfloat16
     np.testing.assert_allclose(low.losses(rows), exact, rtol=2e-2)
 
@@ -163,6 +163,9 @@ def test_what_does_not_fit_is_refused(make_module, make_tokenizer, lm, tmp_path)
         oracle.LanguageModel.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="float32, bfloat16"):
         oracle.LanguageModel.from_pretrained(tmp_path, dtype="fp8")
+    for max_tokens in ("10", 10.5, True, 0):
+        with pytest.raises(InputError, match="max_tokens="):
+            oracle.LanguageModel(make_module("llama"), max_tokens=max_tokens)
 
 
 @pytest.mark.parametrize(
@@ -253,3 +256,26 @@ def test_the_tokenizers_fingerprint_follows_its_rules_and_not_its_calls(make_mod
     lm.tokenizer.chat_template = CHAT_TEMPLATE
     assert lm.tokenizer_fingerprint() != first
     assert oracle.LanguageModel(lm.module, max_tokens=64).tokenizer_fingerprint() == ""
+
+
+def test_a_checkpoint_loaded_in_bfloat16_steps_with_moments_of_its_weights_type(
+    make_module, make_token_texts, make_adamw, tmp_path
+):
+    module = make_module("llama")
+    oracle.LanguageModel(module, optimizer=make_adamw(module, make_token_texts(4, seed=0)), max_tokens=64).save(tmp_path)
+    low = oracle.LanguageModel.from_pretrained(tmp_path, dtype="bfloat16", max_tokens=64)
+    types = {(slot, value.dtype) for slots in low.optimizer.state.values() for slot, value in slots.items()}
+    assert types == {("step", torch.float32), ("exp_avg", torch.bfloat16), ("exp_avg_sq", torch.bfloat16)}
+    labels = oracle.label(low, make_token_texts(2, seed=1), make_token_texts(2, seed=2), method="one_step")
+    assert np.isfinite(labels.values).all()
+
+
+def test_an_optimiser_of_other_parameters_too_is_not_saved(make_module, tmp_path):
+    module, other = make_module("llama"), torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([*module.parameters(), other], lr=1e-3)
+    lm = oracle.LanguageModel(module, optimizer=optimizer, max_tokens=64)
+    other.grad = torch.ones(3)
+    optimizer.step()
+    with pytest.raises(InputError, match=r"1 parameters that are not the model's, first of shape \(3,\)"):
+        lm.save(tmp_path / "checkpoint")
+    assert not any(tmp_path.iterdir())

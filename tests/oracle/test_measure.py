@@ -20,6 +20,8 @@ from oracle import label_store, measure, plugins
 from oracle.errors import InputError, InputTypeError, MismatchError, NotFiniteError
 from oracle.measure import UnlabelableTextWarning
 from oracle.methods import needs_of
+from oracle.optimizers import FreshOptimizerWarning
+from oracle.processes import Processes
 
 METHODS = plugins.names("oracle.methods")
 NEEDS = {method: needs_of(plugins.load("oracle.methods", method)) for method in METHODS}
@@ -257,6 +259,10 @@ def _change_tokenizer(lm, make_tokenizer):
     lm.tokenizer = make_tokenizer([sentence[::-1] for sentence in SENTENCES])
 
 
+def _change_config(lm, make_tokenizer):
+    lm.module.config.rms_norm_eps *= 2
+
+
 def _freeze(lm, make_tokenizer):
     lm.module.get_input_embeddings().weight.requires_grad_(False)
 
@@ -267,9 +273,10 @@ def _freeze(lm, make_tokenizer):
         (_change_lr, "checkpoint"),
         (_change_tokenizer, "target_ids.*tokenizer"),
         (_freeze, "trainable_parameters"),
+        (_change_config, "config"),
     ],
 )
-def test_labels_of_another_optimiser_tokenizer_or_set_of_trainable_parameters_are_refused(
+def test_labels_of_another_optimiser_tokenizer_config_or_set_of_trainable_parameters_are_refused(
     change, named, make_module, make_tokenizer, make_token_texts, make_adamw, tmp_path
 ):
     module = make_module("llama", vocab_size=300)
@@ -300,7 +307,7 @@ def test_labels_do_not_need_the_callers_gradient_mode(method, label_by, make_tok
     assert found.values.tobytes() == expected.values.tobytes()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["ekfac", "grad_dot", "in_context", "two_forward"])
 def test_labels_per_token_are_those_per_text_over_the_texts_tokens(method, label_by, make_token_texts):
     sample = make_token_texts(5, seed=1)
     whole, each = (label_by(method, sample, per=per) for per in ("text", "token"))
@@ -319,8 +326,6 @@ def test_labels_per_token_and_per_text_do_not_mix(lm, targets, make_token_texts,
         oracle.label(lm, sample, targets, method="grad_dot", per="word")
     with pytest.raises(InputError, match="nothing counts the texts' tokens"):
         oracle.label(None, SENTENCES, {"t": SENTENCES}, method="target_similarity", per="token")
-    own = oracle.label(lm, SENTENCES, {"t": SENTENCES[:1]}, method="target_similarity", per="token", rank_value="inverse")
-    assert own.target("t")[0] == pytest.approx(1 / len(lm.encode(SENTENCES)[0].input_ids))
 
 
 def test_only_methods_that_need_no_model_or_targets_do_without(lm, targets, make_token_texts):
@@ -464,3 +469,109 @@ def test_killed_with_sigkill_and_run_again_gives_the_same_bytes(method, tmp_path
     subprocess.run([*run, str(tmp_path / "killed"), method], check=True, env=environment)
     assert (tmp_path / "killed/labels.parquet").read_bytes() == (tmp_path / "whole/labels.parquet").read_bytes()
     assert oracle.Labels.load(tmp_path / "killed").meta["cost"]["num_measured_now"] < 16
+
+
+@pytest.mark.parametrize("method", [method for method in MODEL_METHODS if method not in ("in_context", "self_rating")])
+def test_a_model_that_is_frozen_altogether_is_refused_by_every_method_that_takes_gradients(
+    method, lm, label_by, make_token_texts
+):
+    lm.module.requires_grad_(False)
+    with pytest.raises(InputError, match=r"no trainable parameter|none of the parameters|no linear layer"):
+        label_by(method, make_token_texts(2, seed=1))
+
+
+@pytest.mark.parametrize(("method", "options"), [("one_step", {}), ("grad_dot", {}), ("grad_dot", {"preconditioner": "none"})])
+def test_an_adam_without_state_is_told_of_once_where_it_matters(method, options, lm, targets, make_token_texts):
+    sample = make_token_texts(3, seed=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        oracle.label(lm, sample, targets, method=method, block_size=1, **options)
+        assert not [each for each in caught if each.category is FreshOptimizerWarning]
+        lm.optimizer.state.clear()
+        oracle.label(lm, sample, targets, method=method, block_size=1, **options)
+    told = [each for each in caught if each.category is FreshOptimizerWarning]
+    assert len(told) == (0 if options else 1)
+    assert all("AdamW has no state" in str(each.message) and each.filename == __file__ for each in told)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "given"),
+    [
+        ("one_step", {}, "a part that all texts share"),
+        ("rollout", {}, "a part that all texts share"),
+        ("less", {"similarity": "dot"}, "a part that all texts share"),
+        ("grad_dot", {"similarity": "cosine"}, "are in cosine"),
+        ("self_rating", {}, "are in rating"),
+        ("target_similarity", {}, "rank"),
+        ("in_context", {"distance": "probability"}, "distance of"),
+    ],
+)
+def test_values_whose_0_is_an_effect_are_not_divided_by_tokens(method, options, given, label_by, make_token_texts):
+    sample = SENTENCES if method == "self_rating" else make_token_texts(2, seed=1)
+    with pytest.raises(InputError, match=f"per='token', and the values of '{method}' .*{given}"):
+        label_by(method, sample, per="token", **options)
+
+
+def test_a_step_is_divided_by_tokens_where_nothing_is_shared_or_that_is_subtracted(lm, targets, make_token_texts):
+    sample, length = make_token_texts(1, seed=1), len(make_token_texts(1, seed=1)[0]["input_ids"])
+    for optimizer, options in ((lm.optimizer, {"subtract_shared": True}), (torch.optim.SGD(lm.module.parameters(), lr=0.1), {})):
+        lm.optimizer = optimizer
+        whole, each = (oracle.label(lm, sample, targets, per=per, **options) for per in ("text", "token"))
+        np.testing.assert_allclose(each.values * length, whole.values, rtol=1e-5)
+
+
+def test_finished_labels_of_a_smaller_sample_are_counted_anew(lm, targets, make_token_texts, tmp_path):
+    sample = [*make_token_texts(4, seed=1), {"input_ids": [5]}]
+    with pytest.warns(UnlabelableTextWarning, match="1 of 5 texts have no target token"):
+        oracle.label(lm, sample, targets, method="grad_dot", workdir=tmp_path)
+    stored = (tmp_path / "meta.json").read_bytes()
+    part = oracle.label(lm, sample[:3], targets, method="grad_dot", workdir=tmp_path)
+    assert (part.meta["num_texts"], part.meta["num_without_target_token"]) == (3, 0)
+    assert part.meta["cost"]["num_measured_now"] == 0 and part.meta["cost"]["num_labelled"] == 5
+    assert (tmp_path / "meta.json").read_bytes() == stored
+
+
+@pytest.mark.parametrize("method", ["one_step", "rollout", "two_forward"])
+def test_methods_that_step_the_weights_measure_outside_the_callers_autocast(method, label_by, make_token_texts, tmp_path):
+    sample = make_token_texts(3, seed=1)
+    expected = label_by(method, sample, workdir=tmp_path)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = label_by(method, sample)
+        stored = label_by(method, sample, workdir=tmp_path)
+        assert torch.is_autocast_enabled("cpu")
+    assert found.values.tobytes() == stored.values.tobytes() == expected.values.tobytes()
+
+
+def test_labels_measured_inside_an_autocast_do_not_mix_with_others(lm, targets, make_token_texts, tmp_path):
+    sample = make_token_texts(3, seed=1)
+    oracle.label(lm, sample, targets, method="grad_dot", workdir=tmp_path)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(MismatchError, match="autocast: stored '', asked 'bfloat16'"):
+        oracle.label(lm, sample, targets, method="grad_dot", workdir=tmp_path)
+
+
+@pytest.mark.parametrize("method", ["ekfac", "in_context", "self_rating"])
+def test_labels_that_no_optimiser_decides_are_gone_on_with_at_another_state_of_it(
+    method, lm, label_by, make_token_texts, tmp_path, monkeypatch
+):
+    first = label_by(method, make_token_texts(3, seed=1), workdir=tmp_path)
+    lm.optimizer.param_groups[0]["lr"] *= 2
+    monkeypatch.setattr(plugins.load("oracle.methods", method), "prepare", None)
+    again = label_by(method, make_token_texts(3, seed=1), workdir=tmp_path)
+    assert again.values.tobytes() == first.values.tobytes()
+
+
+def test_a_call_that_failed_before_its_first_block_binds_no_folder(lm, targets, make_token_texts, tmp_path, monkeypatch):
+    sample, plugin = make_token_texts(3, seed=1), plugins.load("oracle.methods", "grad_dot")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(plugin, "measure", lambda self, encoded: signal.raise_signal(signal.SIGINT))
+        oracle.label(lm, sample, targets, method="grad_dot", workdir=tmp_path)
+    labels = oracle.label(lm, sample, targets, method="grad_dot", similarity="cosine", workdir=tmp_path)
+    assert labels.meta["options"]["similarity"] == "cosine"
+
+
+def test_processes_that_see_other_finished_labels_stop_together(monkeypatch):
+    monkeypatch.setattr(Processes, "gather", lambda self, value: [value, not value])
+    task = SimpleNamespace(text_ids=["x"])
+    store = SimpleNamespace(folder="labels", is_complete=lambda text_ids: True)
+    with pytest.raises(InputError, match="for process 0, and not for process 1"):
+        measure._is_complete(task, store, Processes(0, 2))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import sys
 
 import pytest
 
 from oracle import plugins, progress
-from oracle.errors import InputError, InputTypeError, MissingFileError, StorageError, check_at_least, check_choice
+from oracle.errors import InputError, InputTypeError, MissingFileError, StorageError, check_at_least, check_choice, check_count
+from oracle.measure import label
 
 
 def test_every_file_of_a_plugin_folder_is_one_plugin_of_its_name():
@@ -25,6 +27,22 @@ def test_options_can_be_read_back_and_unknown_ones_are_refused_with_the_closest(
     assert "max_grad_norm" in caught.value.accepted
     with pytest.raises(InputError, match="grad_dot"):
         plugins.load("oracle.methods", "gradient")
+
+
+@pytest.mark.parametrize("value", ["False", "false", 0, None])
+def test_what_is_on_or_off_takes_nothing_but_true_and_false(value):
+    with pytest.raises(InputTypeError, match=f"statistics={value!r} of 'grad_dot' is neither") as caught:
+        plugins.create("oracle.methods", "grad_dot", {"statistics": value})
+    assert caught.value.accepted == "True or False"
+    assert plugins.create("oracle.methods", "grad_dot", {"statistics": False}).statistics is False
+
+
+def test_a_mistyped_argument_of_label_is_named():
+    with pytest.raises(InputError, match="did you mean 'max_target_texts'") as caught:
+        plugins.create("oracle.methods", "grad_dot", {"max_target_text": 3})
+    assert "arguments of oracle.label itself: block_size" in caught.value.accepted
+    own = {name for name, kind in inspect.signature(label).parameters.items() if kind.kind is kind.KEYWORD_ONLY}
+    assert own - {"method"} == set(plugins.LABEL_ARGUMENTS)
 
 
 def test_the_description_has_summary_paper_cost_and_limit():
@@ -48,6 +66,10 @@ def test_errors_have_three_parts_and_fit_the_builtin_classes():
     for bad in (True, "3", float("nan"), 0):
         with pytest.raises(InputError):
             check_at_least("size", bad, 1)
+    for bad in (True, "3", float("nan"), 0, 2.5, 2.0):
+        with pytest.raises(InputError, match="whole number of at least 1"):
+            check_count("size", bad)
+    check_count("size", 1)
 
 
 def test_progress_is_a_line_on_stderr_with_rate_and_time_left(monkeypatch):

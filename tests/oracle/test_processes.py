@@ -71,6 +71,7 @@ SCRIPT = textwrap.dedent("""
         label("failing", workdir=own / "failing")
         refused("unlike", block_size=2 + rank)
         refused("apart", workdir=own / f"apart_{rank}")
+        refused("ahead", workdir=own / ("ahead" if rank else "with_folder"))
         def dies(self, encoded):
             if rank == 1:
                 os._exit(0)
@@ -175,3 +176,10 @@ def test_processes_are_compared_with_the_first(monkeypatch):
     monkeypatch.setattr(Processes, "gather", lambda self, value: [value, {**value, "seed": 1}])
     with pytest.raises(MismatchError, match="process 0 and process 1 were not asked the same: seed: 0 and 1"):
         Processes(0, 2).require_same({"seed": 0, "method": "grad_dot"})
+
+
+@pytest.mark.slow
+def test_a_folder_that_only_one_process_sees_finished_stops_both(results):
+    for rank in range(2):
+        name, message = json.loads((results / f"of_2/ahead_error_{rank}.json").read_text())
+        assert name == "InputError" and "finished labels of this sample for process 0, and not for process 1" in message

@@ -184,3 +184,15 @@ def test_what_is_no_list_of_checkpoints_is_refused(checkpoints, sample, targets)
         label_checkpoints(checkpoints[0], sample, targets)
     with pytest.raises(InputTypeError, match="among the checkpoints is a Linear"):
         label_checkpoints([torch.nn.Linear(2, 2)], sample, targets)
+
+
+@pytest.mark.parametrize("weights", [["a", "b", "c"], [1.0, None, 1.0], 3, [1.0, float("nan"), 1.0]], ids=str)
+def test_weights_that_are_no_positive_numbers_are_refused(weights, checkpoints, sample, targets):
+    with pytest.raises(InputError, match="weights are"):
+        label_checkpoints(checkpoints, sample, targets, weights=weights)
+
+
+def test_a_second_call_says_that_it_measured_nothing(checkpoints, sample, targets, tmp_path):
+    label_checkpoints(checkpoints[:2], sample, targets, weights="equal", workdir=tmp_path)
+    part = label_checkpoints(checkpoints[:2], sample[:3], targets, weights="equal", workdir=tmp_path)
+    assert part.meta["num_texts"] == 3 and part.meta["cost"]["num_measured_now"] == 0

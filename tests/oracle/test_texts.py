@@ -475,3 +475,15 @@ def test_reading_writes_no_files(tmp_path):
     before = sorted(os.listdir(tmp_path / "saved"))
     read_texts(tmp_path / "saved")
     assert sorted(os.listdir(tmp_path / "saved")) == before
+
+
+@pytest.mark.parametrize("text", ["A line.\n" * 60, "Is it here? " * 60, "word " * 1000], ids=["lines", "glob", "long"])
+def test_a_bare_text_in_the_place_of_a_source_is_not_repeated_whole(text):
+    with pytest.raises(MissingFileError, match="as a list of strings") as raised:
+        read_texts(text)
+    assert repr(text[:20])[:-1] in raised.value.given and len(raised.value.given.split("The folder holds")[0]) < 150
+
+
+def test_a_sample_without_a_text_column_names_the_call_that_takes_one():
+    with pytest.raises(InputError, match=r"oracle\.read_texts\(source, text_column=\.\.\.\)"):
+        read_texts([{"body": "a text"}])

@@ -6,11 +6,14 @@ import json
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
 import oracle
+from oracle.methods import Measured, self_rating
 from surrogate import cli, corpora
+from surrogate.oracle_stages import LABEL_OPTIONS
 from surrogate.training.small_models import build_model, train_tokenizer
 
 
@@ -112,3 +115,74 @@ def test_options_of_the_reference_and_groups_are_checked(command, tmp_path):
     assert "'one_step' is among" in reference["given"]
     column, _ = command("calibrate", tmp_path / "run", "--groups", "kind", ok=1)
     assert "no column 'kind'" in column["given"] and "source" in column["accepted"]
+
+
+def test_methods_are_given_with_options_of_their_own_and_tried_before_any_measures(command, world, tmp_path):
+    run = tmp_path / "run"
+    written = f"grad_dot:max_grad_norm=None,statistics=False,rollout:companions={world / 'pool.jsonl'},num_steps=1"
+    found, table = command("calibrate", run, "--methods", written, "--num-texts", 8, "--option", "max_grad_norm=1.0")
+    slope, rollout = list(found["methods"])[1:]
+    assert found["methods"][slope]["options"]["max_grad_norm"] is None
+    assert found["methods"][rollout]["options"]["max_grad_norm"] == 1.0 and f"{rollout}: max_grad_norm=1.0 as one_step" in table
+    for name in ("calibrate", "judge"):
+        other = tmp_path / name
+        refused, _ = command(name, other, "--methods", "grad_dot,ekfac", ok=1)
+        assert "neither factors nor texts" in refused["given"] and not other.exists()
+        option, _ = command(name, other, "--methods", "grad_dot:statistic=True", ok=1)
+        assert "did you mean 'statistics'" in option["given"] and not other.exists()
+
+
+def test_judge_takes_methods_with_options_and_methods_without_targets(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(self_rating.SelfRating, "prepare", lambda self, lm, columns: None)
+    monkeypatch.setattr(self_rating.SelfRating, "measure", _rate)
+    monkeypatch.setattr(self_rating.SelfRating, "facts", lambda self: {})
+    monkeypatch.setattr(self_rating.SelfRating, "flops", lambda self, num_tokens, columns: 0.0)
+    monkeypatch.setattr(self_rating.SelfRating, "prepare_flops", lambda self, columns: 0.0)
+    methods = "grad_dot:similarity=cosine,self_rating,grad_dot"
+    found, _ = command("judge", tmp_path / "run", *JUDGE, "--share", 0, "--methods", methods)
+    assert set(found["methods"]) == {"grad_dot:similarity=cosine", "self_rating", "grad_dot"}
+    assert found["methods"]["grad_dot"]["lds"]["skill"]["low"] is None  # 4 subsets
+    stored = [json.loads(path.read_text()) for path in (tmp_path / "run" / "judge" / "labels").glob("grad_dot*/meta.json")]
+    assert {meta["options"]["similarity"] for meta in stored} == {"dot", "cosine"}
+
+
+def _rate(self, encoded):
+    values = np.arange(len(encoded), dtype=float)[:, None]
+    return Measured(values, np.full((2, *values.shape), np.nan))
+
+
+def test_a_number_of_target_texts_is_refused_by_its_own_name(command, tmp_path):
+    for name in ("label", "calibrate"):
+        refused, _ = command(name, tmp_path / "run", "--option", "max_target_texts=0", ok=1)
+        assert refused["given"].startswith("max_target_texts=0") and not (tmp_path / "run").exists()
+
+
+def test_false_on_the_command_line_is_off(command, tmp_path):
+    few = ("--sample-size", 4, "--option")
+    command("label", tmp_path / "off", *few, "statistics=False")
+    meta = json.loads((tmp_path / "off" / "labels" / "meta.json").read_text())
+    assert meta["options"]["statistics"] is False
+    refused, _ = command("label", tmp_path / "odd", *few, "statistics=of", ok=1)
+    assert "statistics='of'" in refused["given"]
+
+
+def test_methods_prints_text_for_people_and_json_last(capsys, monkeypatch):
+    def run(*given):
+        monkeypatch.setattr(sys, "argv", ["surrogate", "methods", *given])
+        with pytest.raises(SystemExit):
+            cli.main()
+        output, text = capsys.readouterr()
+        return json.loads(output.splitlines()[-1]), text
+
+    everything, overview = run()
+    assert len(everything) == 5 and "  one_step " in overview and "max_grad_norm" not in overview
+    one, text = run("target_similarity")
+    assert list(one) == ["oracle methods", "strategies"] and all(len(rows) == 1 for rows in one.values())
+    assert "Paper: " in text and "Limit: " in text and "rank_value ('log2'): " in text
+    assert max(map(len, text.splitlines()[1:])) < 200
+    assert "did you mean 'grad_dot'" in run("graddot")[0]["given"]
+
+
+@pytest.mark.parametrize("name", ["max_target_texts", "per", "halves", "block_size"])
+def test_the_help_of_label_names_what_option_takes(name):
+    assert name in LABEL_OPTIONS and f"{name}=" in cli.LABEL_HELP

@@ -64,6 +64,41 @@ def test_a_step_tends_to_it_as_the_learning_rate_tends_to_0(name, max_grad_norm,
     np.testing.assert_allclose(slope.columns["gradient_norm"], step.columns["gradient_norm"], rtol=1e-5)
 
 
+def _with_an_expert(module):
+    """Add a parameter that only texts with token 7 reach."""
+    module.expert = torch.nn.Parameter(torch.linspace(-1, 1, 211, dtype=torch.float64))
+
+    def add(module, args, kwargs, output):
+        if bool((kwargs["input_ids"] == 7).any()):
+            output.logits = output.logits + module.expert
+
+    module.register_forward_hook(add, with_kwargs=True)
+    return module
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_parameter_that_the_text_does_not_reach_is_not_stepped(name, make_module, make_token_texts):
+    kind, options = OPTIMIZERS[name]
+    if "weight_decay" in options:
+        options = {**options, "weight_decay": 1.0}
+    without = [{"input_ids": [token for token in row["input_ids"] if token != 7]} for row in make_token_texts(4, seed=2)]
+    sample, errors = [*without, *({"input_ids": [5, 7, *row["input_ids"]]} for row in without)], []
+    targets = {"t": [{"input_ids": [7, *row["input_ids"]]} for row in make_token_texts(6, seed=5)]}
+    for lr in (1e-4, 1e-5):
+        module = _with_an_expert(make_module("gpt2").double())
+        optimizer = kind(module.parameters(), lr=lr, **options)
+        for row in sample[-3:]:
+            ids = torch.tensor([row["input_ids"]])
+            module(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        lm = oracle.LanguageModel(module, optimizer=optimizer, max_tokens=64)
+        step = oracle.label(lm, sample, targets, method="one_step", subtract_shared=True)
+        slope = oracle.label(lm, sample, targets, method="grad_dot", update="adam")
+        errors.append(np.abs(step.values - slope.values).max() / np.abs(step.values).max())
+    assert errors[1] < 2e-3 and errors[1] < errors[0] / 5, errors
+
+
 def test_the_linear_part_is_another_one_where_moments_are_small(make_module, make_token_texts):
     lm = _trained("adamw", 3, make_module, make_token_texts, lr=1e-5)
     sample, targets = make_token_texts(6, seed=2), {"t": make_token_texts(6, seed=5)}

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import textwrap
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -182,22 +181,6 @@ def test_conv1d_is_a_linear_layer(make_module, make_token_texts):
         torch.testing.assert_close(same.curvature[layer.weight].sum(), factors.curvature[layer.weight].sum(), rtol=1e-4, atol=0)
 
 
-def test_labels_are_drawn_from_the_model_and_do_not_depend_on_the_batch(lm, make_token_texts):
-    encoded = lm.encode(make_token_texts(3, seed=3))
-    logits = torch.tensor([[[0.0, 1.0, -1.0, 2.0]]])
-    text = encoded[0].__class__("a", [1, 2], [1, 2])
-    counts = np.bincount([int(curvature._draw_labels(logits, [text], seed=seed)) for seed in range(3000)], minlength=4) / 3000
-    np.testing.assert_allclose(counts, logits.softmax(-1)[0, 0].numpy(), atol=0.04)
-    batch = next(lm.batches(encoded, batch_tokens=10**6))
-    random = torch.randn(*batch.input_ids[:, 1:].shape, 11, generator=torch.Generator().manual_seed(0))
-    ordered = [encoded[row] for row in batch.positions]
-    together = curvature._draw_labels(random, ordered, seed=0)
-    for row, one in enumerate(ordered):
-        length = len(one.input_ids) - 1
-        alone = curvature._draw_labels(random[row : row + 1, :length], [one], seed=0)
-        assert torch.equal(alone[0], together[row, :length])
-
-
 def test_the_true_fisher_is_the_mean_of_sampled_ones(lm):
     """Over many seeds the curvature of a text of two tokens tends to the exact expectation over the model's predictions."""
     from oracle.encoding import EncodedText
@@ -257,7 +240,7 @@ def test_same_bytes_whatever_the_order_of_the_texts_and_read_back_as_fitted(lm, 
     fit_factors(lm, rows[::-1], tmp_path / "two", block_size=3)
     assert (tmp_path / "one/factors.safetensors").read_bytes() == (tmp_path / "two/factors.safetensors").read_bytes()
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["factors.safetensors", "meta.json"]
-    monkeypatch.setattr(curvature, "_Fit", None)  # finished factors are not fitted again
+    monkeypatch.setattr(curvature, "FactorFit", None)  # finished factors are not fitted again
     for loaded in (fit_factors(lm, rows, tmp_path / "one", block_size=3), KroneckerFactors.load(tmp_path / "one")):
         assert loaded.layers == fitted.layers
         assert set(loaded.curvature) == set(fitted.curvature) and set(loaded.vectors) == set(fitted.vectors)
@@ -293,6 +276,30 @@ def test_unfinished_factors_of_other_options_are_refused(lm, make_token_texts, t
         fit_factors(lm, make_token_texts(4, seed=3), tmp_path, seed=1)
 
 
+def test_a_call_that_failed_before_anything_was_summed_may_be_corrected(lm, make_token_texts, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(curvature.FactorFit, "run", lambda fit: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fit_factors(lm, make_token_texts(4, seed=3), tmp_path)
+    assert fit_factors(lm, make_token_texts(4, seed=3), tmp_path, seed=1).meta["identity"]["seed"] == 1
+
+
+def test_factors_of_a_model_with_another_config_are_refused(lm, make_token_texts, tmp_path):
+    """The weights are the same, and what is computed with them is not."""
+    factors = fit_factors(lm, make_token_texts(4, seed=3), tmp_path)
+    lm.module.config.rms_norm_eps *= 2
+    with pytest.raises(MismatchError, match="config"):
+        fit_factors(lm, make_token_texts(4, seed=3), tmp_path)
+    with pytest.raises(MismatchError, match="config"):
+        factors.check_model(lm)
+
+
+@pytest.mark.parametrize("option", [{"max_factor_dim": 2.5}, {"block_size": 0}], ids=str)
+def test_counts_are_whole_numbers(option, lm, make_token_texts):
+    with pytest.raises(InputError, match=next(iter(option))):
+        fit_factors(lm, make_token_texts(4, seed=3), **option)
+
+
 def test_the_model_is_left_as_it_was_also_when_a_text_raises(lm, make_token_texts, monkeypatch):
     lm.module.train()
     frozen = lm.module.get_parameter("model.layers.0.self_attn.q_proj.weight")
@@ -308,7 +315,7 @@ def test_the_model_is_left_as_it_was_also_when_a_text_raises(lm, make_token_text
     with torch.no_grad():
         fit_factors(lm, make_token_texts(4, seed=3))
     check()
-    monkeypatch.setattr(curvature._Fit, "_add_squares", lambda *args: (_ for _ in ()).throw(RuntimeError("stop")))
+    monkeypatch.setattr(curvature.FactorFit, "_add_squares", lambda *args: (_ for _ in ()).throw(RuntimeError("stop")))
     with pytest.raises(RuntimeError, match="stop"):
         fit_factors(lm, make_token_texts(4, seed=3))
     check()
@@ -333,13 +340,13 @@ def test_what_nothing_can_be_fitted_on_is_refused(lm, make_token_texts):
 
 SCRIPT = textwrap.dedent("""
     import os, pathlib, signal, sys, time, torch, transformers, oracle
-    from oracle.gradients import curvature
+    from oracle.gradients import curvature, factor_fit
     torch.manual_seed(0)
     config = transformers.LlamaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                                       intermediate_size=64, max_position_embeddings=64)
     lm = oracle.LanguageModel(transformers.LlamaForCausalLM(config), max_tokens=64)
     rows = [{"input_ids": torch.randint(3, 99, (20,), generator=torch.Generator().manual_seed(i)).tolist()} for i in range(16)]
-    here, save = pathlib.Path(sys.argv[1]), curvature._save_tensors
+    here, save = pathlib.Path(sys.argv[1]), factor_fit.save_tensors
     for stage in ("covariances", "eigenvectors-2", "curvature"):
         process = os.fork()
         if process == 0:
@@ -348,7 +355,7 @@ SCRIPT = textwrap.dedent("""
                 if path.stem == stage and (not options or options["state"]["blocks"] == 3):
                     (here / stage).touch()
                     time.sleep(600)
-            curvature._save_tensors = save_and_wait
+            factor_fit.save_tensors = save_and_wait
             curvature.fit_factors(lm, rows, here / "killed", block_size=2)
             os._exit(1)
         deadline = time.monotonic() + 60
@@ -357,7 +364,7 @@ SCRIPT = textwrap.dedent("""
         os.kill(process, signal.SIGKILL)
         assert os.waitpid(process, 0)[1] == signal.SIGKILL and (here / stage).exists(), stage
         assert not (here / "killed/meta.json").exists()
-    curvature._draw_labels, draw, drawn = lambda *a, **o: drawn.append(len(a[1])) or draw(*a, **o), curvature._draw_labels, []
+    factor_fit.draw_labels, draw, drawn = lambda *a, **o: drawn.append(len(a[1])) or draw(*a, **o), factor_fit.draw_labels, []
     curvature.fit_factors(lm, rows, here / "killed", block_size=2)
     assert sum(drawn) == 10 + 16, drawn  # the five blocks that were left, and one by one for the parameters without factors
     curvature.fit_factors(lm, rows, here / "whole", block_size=2)

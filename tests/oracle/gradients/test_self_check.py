@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from oracle.gradients.products import GradientProducts
@@ -36,6 +38,21 @@ def test_a_module_that_is_not_called_is_named(make_module, make_token_texts):
     check = check_products(GradientProducts(lm.module, directions, lm.text_losses), batch)
     expected = {f"backbone.layers.{number}.mixer.conv1d.{key}" for number in range(2) for key in ("weight", "bias")}
     assert expected <= set(check.unused)
+
+
+def test_a_batch_without_any_gradient_is_no_check(make_module, make_token_texts):
+    lm, directions, batch = _setting("llama", make_module, make_token_texts)
+    engine = GradientProducts(lm.module, directions, lm.text_losses)
+    assert not check_products(engine, batch).is_empty
+    cut = replace(batch, labels=torch.full_like(batch.labels, -100))
+    assert check_products(engine, cut).is_empty
+    cut.labels[3, 1] = 5
+    assert not check_products(engine, cut).is_empty
+
+    def missed(batch):  # no product, and a gradient
+        return lm.text_losses(batch) * 0 + lm.module.get_input_embeddings().weight.square().mean()
+
+    assert not check_products(GradientProducts(lm.module, directions, missed), batch).is_empty
 
 
 def test_products_given_to_the_wrong_text_are_seen(make_module, make_token_texts, monkeypatch):

@@ -154,6 +154,56 @@ def test_a_check_on_a_single_text_is_made_again_on_several(make_module, make_tok
     assert checked == [1, 3]
 
 
+class _HeadThatIsTheEmbedding(torch.nn.Module):
+    """A head that uses the embedding's weight without calling the embedding."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        self.uses = [embedding]  # in a list: no module of this one
+
+    def forward(self, x):
+        return functional.linear(x, self.uses[0].weight)
+
+
+def _without_targets(num_texts):
+    """Prompts that are longer than the 64 tokens that are read."""
+    return [{"input_ids": [*range(3, 72), 3 + i], "labels": [-100] * 69 + [5]} for i in range(num_texts)]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_texts_whose_targets_were_cut_off_are_no_check(packing, make_module, make_token_texts):
+    """They are the longest ones, and come first."""
+    module = make_module("llama")
+    module.lm_head = _HeadThatIsTheEmbedding(module.get_input_embeddings())
+    lm = LanguageModel(module, max_tokens=64, packing=packing)
+    first, rest = lm.encode(_without_targets(6)), lm.encode(make_token_texts(9, seed=3))
+    directions = _directions(module)
+    products = TextProducts(lm, directions)
+    assert not products.measure(first).products.any()
+    assert products.facts()["self_check_relative_error"] is None
+    with pytest.warns((SlowRouteWarning, text_products.UnpackedWarning), match="used outside its own module"):
+        found = products.measure(rest).products
+    expected = TextProducts(lm, directions, per_text=True).measure(rest).products
+    assert (np.abs(found - expected) / np.abs(expected).max(0)).max() < 1e-4
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_one_text_among_those_without_targets_counts_as_one_text(packing, make_module, make_token_texts, monkeypatch):
+    """It cannot show that products are given to the wrong text, so the check is made again on several."""
+    lm, checked = LanguageModel(make_module("llama"), max_tokens=64, packing=packing), []
+    cut, others = lm.encode(_without_targets(6)), lm.encode(make_token_texts(9, seed=3))
+    check = text_products.check_products
+    monkeypatch.setattr(
+        text_products, "check_products", lambda engine, batch: checked.append(len(batch.input_ids)) or check(engine, batch)
+    )
+    products = TextProducts(lm, _directions(lm.module))
+    num_checks = []
+    for texts in ([*cut, *others[:1]], others, [*cut, *others[:1]], others):
+        products.measure(texts)
+        num_checks.append(len(checked))
+    assert num_checks[0] < num_checks[1] == num_checks[2] == num_checks[3]
+
+
 @pytest.mark.parametrize("per_text", [False, True])
 def test_what_is_observed_is_in_the_order_of_the_texts(per_text, make_module, make_token_texts):
     lm = LanguageModel(make_module("llama"), max_tokens=64)

@@ -247,3 +247,10 @@ def test_killed_with_sigkill_and_run_again_gives_the_same_models_and_judgement(t
     assert resumed == whole
     found = {path.name: path.read_bytes() for path in models.glob("*.json")}
     assert found == {path.name: path.read_bytes() for path in (tmp_path / "whole" / "models").glob("*.json")}
+
+
+def test_labels_that_no_optimiser_decides_are_of_the_same_checkpoint_at_another_state_of_it(lm, labels, planted):
+    meta = {**labels["grad_dot"].meta, "checkpoint": lm.fingerprint()}
+    both = {name: replace(labels["grad_dot"], meta={**meta, "method": name}) for name in ("in_context", "grad_dot")}
+    found = oracle.judge(lm, POOL, TARGETS, both, num_subsets=0, share=None, planted=planted)
+    assert found.methods["in_context"].same_checkpoint is True and found.methods["grad_dot"].same_checkpoint is False

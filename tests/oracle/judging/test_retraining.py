@@ -190,7 +190,7 @@ def test_results_of_another_plan_checkpoint_or_target_are_refused(lm, pool, targ
     oracle.retrain(lm, pool, targets, workdir=tmp_path)
     with pytest.raises(MismatchError, match=r"plan.*batch_size"):
         oracle.retrain(lm, pool, targets, plan=RetrainingPlan(batch_size=2), workdir=tmp_path)
-    with pytest.raises(MismatchError, match="target_batches"):
+    with pytest.raises(MismatchError, match="target_ids"):
         oracle.retrain(lm, pool, {**targets, "b": make_token_texts(3, seed=5)}, workdir=tmp_path)
     lm.optimizer.param_groups[0]["lr"] *= 2
     with pytest.raises(MismatchError, match="checkpoint"):
@@ -225,7 +225,14 @@ def test_what_cannot_be_trained_is_refused_with_the_reason(lm, pool, targets, co
         Retraining(lm, pool, columns).run([Subset((pool["text_id"][0], "nothing"))])
     with pytest.raises(InputError, match="none of the 1 texts"):
         oracle.retrain(lm, [{"input_ids": [5]}], targets)
-    for option, value in (("batch_size", 0), ("num_steps", 0), ("max_grad_norm", 0.0), ("text_loss", "median")):
+    for option, value in (
+        ("batch_size", 0),
+        ("batch_size", 2.5),
+        ("num_steps", 0),
+        ("num_steps", 2.5),
+        ("max_grad_norm", 0.0),
+        ("text_loss", "median"),
+    ):
         with pytest.raises(InputError, match=option):
             RetrainingPlan(**{option: value})
     lm.optimizer.param_groups[0]["lr"] = 0.0
@@ -234,3 +241,41 @@ def test_what_cannot_be_trained_is_refused_with_the_reason(lm, pool, targets, co
     lm.optimizer = None
     with pytest.raises(InputError, match="needs the optimiser"):
         oracle.retrain(lm, pool, targets)
+
+
+def test_training_packs_nothing_and_stored_models_serve_however_targets_are_batched(lm, make_token_texts, tmp_path, monkeypatch):
+    pool = [*make_token_texts(9, seed=1, longest=6), *make_token_texts(3, seed=4, longest=40)]
+    targets = {"a": [*make_token_texts(9, seed=2, longest=6), *make_token_texts(3, seed=3, longest=40)]}
+    first = oracle.retrain(lm, pool, targets, workdir=tmp_path)
+    original, packed = lm.text_losses, []
+
+    def watched(batch, **options):
+        packed.append(batch.packed is not None)
+        return original(batch, **options)
+
+    monkeypatch.setattr(lm, "text_losses", watched)
+    lm.packing = True
+    for texts in (pool, targets["a"]):
+        assert any(batch.packed is not None for batch in lm.batches(lm.encode(texts)))
+    np.testing.assert_allclose(oracle.retrain(lm, pool, targets).after, first.after, rtol=1e-5)
+    assert packed and not any(packed)
+    packed.clear()
+    np.testing.assert_array_equal(oracle.retrain(lm, pool, targets, workdir=tmp_path).after, first.after)
+    lm.packing, lm.batch_tokens = False, 50
+    np.testing.assert_array_equal(oracle.retrain(lm, pool, targets, workdir=tmp_path).after, first.after)
+    assert not packed
+
+
+def test_training_and_evaluation_run_outside_the_callers_autocast(lm, pool, targets):
+    expected = oracle.retrain(lm, pool, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = oracle.retrain(lm, pool, targets)
+    np.testing.assert_array_equal(found.after, expected.after)
+
+
+def test_a_folder_without_a_finished_model_takes_another_plan(lm, pool, columns, tmp_path):
+    Retraining(lm, pool, columns, workdir=tmp_path)
+    plan = RetrainingPlan(batch_size=2)
+    Retraining(lm, pool, columns, plan=plan, workdir=tmp_path).run([Subset(tuple(pool["text_id"]))])
+    with pytest.raises(MismatchError, match=r"plan.*batch_size"):
+        Retraining(lm, pool, columns, workdir=tmp_path)

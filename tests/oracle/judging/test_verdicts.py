@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def _verdict(value, targets=("a", "b"), **options):
 @pytest.fixture
 def judgement():
     methods = {"first": _verdict(0.5), "second": _verdict(0.4, cost=None, same_checkpoint=False)}
-    settings = {"share": 0.2, "num_seeds": 2}
+    settings = {"share": 0.2, "num_seeds": 2, "num_subsets": 16}
     return Judgement(methods, ["a", "b"], {"a": Ceiling(0.81, 0.9, "seeds"), "b": None}, settings, {"num_models": 7})
 
 
@@ -74,6 +75,20 @@ def test_worths_are_shown_with_two_digits_of_the_largest(judgement):
     alone = _verdict(0.5, shares={"a": {j: dict.fromkeys(("top", "bottom"), Worth((0.1,))) for j in ("removal", "addition")}})
     table = Judgement({"m": alone}, ["a"], {}, {"share": 0.2, "num_seeds": 1}, {}).table()
     assert "+0.10" in table and "±" not in table.splitlines()[1]  # one seed has no spread
+
+
+def test_few_subsets_have_no_interval_and_one_seed_no_spread(judgement):
+    assert "0.30 to 0.60" in judgement.table() and "above the ceiling" not in judgement.table()
+    few = replace(judgement, settings={"share": 0.2, "num_seeds": 1, "num_subsets": 4})
+    table = few.table()
+    assert " to " not in "\n".join(table.splitlines()[1:7]) and "4 subsets give no interval" in table
+    assert "with one seed" in table and "± standard" not in table
+    assert few.as_dict()["methods"]["first"]["lds"]["a"] == {"value": 0.5, "low": None, "high": None}
+
+
+def test_a_score_above_the_ceiling_is_pointed_out(judgement):
+    low = replace(judgement, ceilings={"a": Ceiling(0.2, 0.45, "seeds"), "b": None})
+    assert "above the ceiling: first on a;" in low.table()  # 0.5 is, 0.4 of the second is not
 
 
 def test_the_dictionary_is_json_and_has_everything(judgement):

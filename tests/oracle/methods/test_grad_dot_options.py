@@ -99,6 +99,16 @@ def test_a_text_without_target_token_has_statistics_of_zero(make_module, targets
         assert labels.columns[name][0] == 0.0 and labels.columns[name][1] != 0.0, name
 
 
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_norms_of_the_directions_are_taken_for_the_cosine_alone(similarity, make_module, make_token_texts, targets, monkeypatch):
+    from oracle.methods import grad_dot
+
+    calls, direction_norms = [], grad_dot.direction_norms
+    monkeypatch.setattr(grad_dot, "direction_norms", lambda *args: calls.append(1) or direction_norms(*args))
+    oracle.label(_lm(make_module), make_token_texts(2, seed=2), targets, method="grad_dot", similarity=similarity)
+    assert len(calls) == (similarity == "cosine")
+
+
 @pytest.mark.parametrize("option", [{"preconditioner": "none"}, {"similarity": "cosine"}, {"per_text": True}], ids=str)
 def test_options_without_effect_on_adams_own_step_are_refused(option, make_module, make_token_texts, targets):
     with pytest.raises(InputError, match="no effect with update='adam'"):

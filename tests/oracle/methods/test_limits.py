@@ -11,6 +11,7 @@ from oracle.errors import InputError
 from oracle.gradients.general_rule import UncoveredModuleError
 from oracle.gradients.products import GradientProducts
 from oracle.gradients.text_products import SlowRouteWarning
+from oracle.targets import read_targets, split_halves
 
 
 def _lm(make_module, kind="llama", optimizer=None, **options):
@@ -29,6 +30,13 @@ def _target_loss(lm, rows):
         total += lm.module(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
     return total / count
+
+
+def _share_of_first_half(rows):
+    """The share of a target set's tokens that are in its first half."""
+    (target,) = read_targets({"t": rows}, max_texts=None, seed=0)
+    tokens = np.array([len(ids) - 1 for ids in target.texts["input_ids"]])
+    return tokens[split_halves(target, seed=0)].sum() / tokens.sum()
 
 
 def test_grad_dot_equals_the_product_of_two_ordinary_gradients(make_module, make_token_texts, targets):
@@ -231,7 +239,11 @@ def test_the_shared_part_is_the_effect_of_a_step_without_gradient(make_module, m
     shared = whole.meta["facts"]["shared_part"][0]
     assert abs(shared) > 1e-5
     np.testing.assert_allclose(whole.values - own.values, shared, atol=1e-7)
-    np.testing.assert_allclose(np.nanmean(whole.halves - own.halves), shared, rtol=0.5)
+    of_halves = whole.halves[:, :, 0] - own.halves[:, :, 0]  # (2, S)
+    np.testing.assert_allclose(of_halves, np.broadcast_to(of_halves[:, :1], (2, 3)), atol=1e-7)
+    assert abs(of_halves[0, 0] - of_halves[1, 0]) > 1e-6
+    share = _share_of_first_half(targets["t"])
+    np.testing.assert_allclose(share * of_halves[0] + (1 - share) * of_halves[1], shared, atol=1e-7)
 
 
 def test_cosine_is_the_angle_and_ignores_length_of_the_gradient(make_module, make_token_texts, targets):
@@ -269,9 +281,10 @@ def test_a_model_that_no_rule_covers_goes_the_plain_way_and_says_so(make_module,
 def test_halves_average_to_the_whole_by_tokens(make_module, make_token_texts):
     lm, rows = _lm(make_module), make_token_texts(6, seed=3)
     labels = oracle.label(lm, make_token_texts(5, seed=2), {"t": rows}, method="grad_dot")
-    low, high = labels.halves.min(0)[:, 0], labels.halves.max(0)[:, 0]
-    assert ((low <= labels.values[:, 0] + 1e-7) & (labels.values[:, 0] <= high + 1e-7)).all()
-    assert np.abs(labels.halves[0] - labels.halves[1]).max() > 0
+    share, (first, second) = _share_of_first_half(rows), labels.halves[:, :, 0]
+    assert abs(share - 0.5) > 0.02 and np.abs(first - second).max() > 1e-2 * np.abs(labels.values).max()
+    largest = np.abs(labels.values).max()
+    np.testing.assert_allclose(labels.values[:, 0], share * first + (1 - share) * second, rtol=0, atol=1e-5 * largest)
     single = oracle.label(lm, make_token_texts(5, seed=2), {"t": rows[:1]}, method="grad_dot")
     assert np.isnan(single.halves).all()
     assert oracle.noise_ceiling(single) == {"t": None}

@@ -234,8 +234,9 @@ def test_what_cannot_be_rolled_out_is_refused(lm, targets, companions, make_toke
     assert "read_texts" in raised.value.accepted and "one_step" in raised.value.remedy
     with pytest.raises(InputError, match="takes 32 companions, and 30 of the 31"):
         oracle.label(lm, sample, targets, method="rollout", companions=[*companions, {"input_ids": [3]}])
-    with pytest.raises(InputError, match="num_steps=0"):
-        oracle.label(lm, sample, targets, method="rollout", companions=companions, num_steps=0)
+    for wrong in (0, 2.5):
+        with pytest.raises(InputError, match=f"num_steps={wrong}"):
+            oracle.label(lm, sample, targets, method="rollout", companions=companions, num_steps=wrong)
     bare = oracle.LanguageModel(lm.module, max_tokens=64)
     with pytest.raises(InputError, match="there is none"):
         oracle.label(bare, sample, targets, method="rollout", companions=companions, num_steps=1)
