@@ -200,6 +200,48 @@ def fit_scaled_ridge(
     return scaler, RidgeFit(weights, centred.y_mean - centred.x_mean @ weights, alphas, held_out)
 
 
+@dataclass(frozen=True)
+class LabelWeights:
+    """A ridge regression told by its labels: with the penalty fixed, a prediction is a weighted sum of them.
+
+    prediction = mean label + sum over texts of weight(text, this row) * (label - mean label). The weights do not depend on
+    the labels.
+    """
+
+    centred: _Centred
+
+    @classmethod
+    def of(cls, x: NDArray, y: NDArray, *, sample_weight: NDArray[np.float64] | None = None) -> LabelWeights:
+        """Prepare for features (S, D) and labels (S, C) that a regression was fitted on."""
+        return cls(_Centred.of(x, y, sample_weight))
+
+    @property
+    def mean_label(self) -> NDArray[np.float64]:
+        """(C,), what every text is predicted as before any label says something else."""
+        return self.centred.y_mean
+
+    @property
+    def penalties(self) -> NDArray[np.float64]:
+        """Penalties that are tried where none is given, strongest first."""
+        return self.centred.basis.penalties(None)
+
+    def predictions(self, x: NDArray, alpha: float) -> NDArray[np.float64]:
+        """Return what a regression with this penalty predicts, (B, C), for features (B, D)."""
+        basis = self.centred.basis
+        shrunk = basis.project(self.centred.y) / (basis.eigenvalues[:, None] + alpha)
+        return self.centred.y_mean + basis.coordinates(x - self.centred.x_mean) @ shrunk
+
+    def amounts(self, x: NDArray, alphas: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return how much each label adds to each prediction, (C, S, B), for features (B, D) and penalties (C,)."""
+        basis, y = self.centred.basis, self.centred.y
+        directions = basis.vectors if basis.is_of_texts else basis.x_centred @ basis.vectors  # (S, R)
+        coordinates = basis.coordinates(x - self.centred.x_mean)  # (B, R)
+        amounts = np.zeros((len(alphas), len(y), len(x)))
+        for target, alpha in enumerate(alphas):
+            amounts[target] = directions @ (coordinates / (basis.eigenvalues + alpha)).T * y[:, [target]]
+        return amounts
+
+
 def _cross_predict(
     features: NDArray,
     y: NDArray,

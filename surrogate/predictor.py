@@ -21,10 +21,13 @@ from oracle.comparison import noise_ceiling
 from oracle.errors import InputError, InputTypeError, MismatchError, MissingFileError, check_at_least
 from oracle.labels import Labels
 from oracle.texts import list_text_ids, plain_strings, read_texts, text_format
+from surrogate.amounts import CONTRIBUTIONS
 from surrogate.encoder_identity import ENCODERS as ENCODERS
 from surrogate.encoder_identity import as_options, check_checkpoint, check_same_features, load_encoders, save_encoders
+from surrogate.explanation import TextExplanation, explain
 from surrogate.feature_cache import Encoder, FeatureCache, encode_all
 from surrogate.fidelity import Fidelity, measure_fidelity
+from surrogate.fitted_rows import FittedRows, column_groups
 from surrogate.labelled_rows import LabelledRows, check_labels
 from surrogate.models import Surrogate
 from surrogate.scores import Scores
@@ -57,6 +60,7 @@ class InfluencePredictor:
         held_out_: The held-out scores of the labelled texts that the fidelity was measured on.
         target_names_: C target names, in column order.
         fitted_text_ids_: The texts whose labels went into the surrogate, also by way of the one that it started from.
+        fitted_rows_: Features and labels of the fit, for explanations; None in folders of versions that kept none.
         cost_: Seconds and counted FLOPs of features, fitting and cross-fitting so far.
 
     Example:
@@ -69,6 +73,7 @@ class InfluencePredictor:
     held_out_: Scores
     target_names_: list[str]
     fitted_text_ids_: list[str]
+    fitted_rows_: FittedRows | None
 
     def __init__(
         self,
@@ -96,12 +101,7 @@ class InfluencePredictor:
 
     def features(self, texts: Any) -> np.ndarray:
         """Return the features of texts, (N, D) float32, from the cache where they are known."""
-        dataset = read_texts(texts)
-        spent: dict[str, float] = {}
-        features = encode_all(self.encoders, dataset, self.cache, cost=spent)
-        self.cost_["feature_seconds"] += spent.get("seconds", 0.0)
-        self.cost_["feature_flops"] += spent.get("flops", 0.0)
-        return features
+        return np.concatenate(self._features_by_encoder(read_texts(texts)), axis=1)  # (N, sum of D)
 
     def fit(
         self,
@@ -165,13 +165,15 @@ class InfluencePredictor:
         if warm_start is not None:
             earlier = self._surrogate_to_start_from(warm_start, rows.judged_labels)
             fitted.update(warm_start.fitted_text_ids_)
-        features = self.features(texts)
+        parts = self._features_by_encoder(texts)
+        features = np.concatenate(parts, axis=1)  # (T, D)
         self.target_names_, self.units_, self.fitted_text_ids_ = list(labels.target_names), labels.units, sorted(fitted)
         judged_sources = None if source_of is None else [source_of[text_id] for text_id in rows.judged_labels.text_ids]
         with timed(lambda seconds: self._add("crossfit_seconds", seconds)):
             self.fidelity_ = self._cross_fit(rows, features, sources=judged_sources, warm_start=earlier)
         with timed(lambda seconds: self._add("fit_seconds", seconds)):
             self.surrogate_ = rows.fit(self._new_surrogate(), features, warm_start=earlier)
+        self.fitted_rows_ = FittedRows.of(rows, features, column_groups(self.encoders, [part.shape[1] for part in parts]))
         return self
 
     def predict(self, texts: Any) -> Scores:
@@ -183,20 +185,45 @@ class InfluencePredictor:
         Raises:
             InputError: The predictor has not been fitted.
         """
-        if not hasattr(self, "surrogate_"):
-            raise InputError(
-                "this predictor has not been fitted.", "a fitted or loaded predictor", "call fit(sample, labels) first."
-            )
+        self._require_fitted()
         dataset = read_texts(texts)
         blocks = [range(start, min(start + ROWS_PER_BLOCK, len(dataset))) for start in range(0, len(dataset), ROWS_PER_BLOCK)]
         values = np.concatenate([self.surrogate_.predict(self.features(dataset.select(block))) for block in blocks])
         return Scores(values, text_ids=list_text_ids(dataset), target_names=self.target_names_)
 
+    def explain(self, texts: Any, top_k: int = 5, *, method: str = CONTRIBUTIONS) -> list[TextExplanation]:
+        """Say for each text and target which labelled texts raised and lowered its score, and which features mattered.
+
+        Args:
+            texts: What to explain (anything `read_texts` takes).
+            top_k: So many texts that raised the score, and so many that lowered it, are listed; the others are summed up.
+            method: "contributions", whose amounts add up to the score; for trees also "boostin", whose do not.
+
+        Returns:
+            One explanation per text; amounts are on the fitted scale, see `surrogate.explanation`.
+
+        Raises:
+            InputError: The predictor is not fitted or kept nothing of its fit, or the surrogate has no such method.
+        """
+        self._require_fitted()
+        dataset = read_texts(texts)
+        return explain(
+            self.surrogate_,
+            self.fitted_rows_,
+            self.features(dataset),
+            text_ids=list_text_ids(dataset),
+            target_names=self.target_names_,
+            units=self.units_,
+            top_k=top_k,
+            method=method,
+        )
+
     def save(self, folder: str | Path) -> None:
-        """Write the surrogate, the encoders' names and options, and the fidelity to `folder` (safetensors, text, JSON)."""
-        if not hasattr(self, "surrogate_"):
-            raise InputError("this predictor has not been fitted.", "a fitted predictor", "call fit(sample, labels) first.")
+        """Write the surrogate, the encoders, the fidelity and what explanations need to `folder` (safetensors, text, JSON)."""
+        self._require_fitted()
         with atomic_folder(Path(folder)) as partial:
+            if self.fitted_rows_ is not None:
+                self.fitted_rows_.save(partial)
             self.surrogate_.save(partial / "surrogate")
             self.held_out_.save(partial / HELD_OUT_FILE)
             write_json(
@@ -247,7 +274,7 @@ class InfluencePredictor:
         predictor.surrogate_ = surrogate.load(folder / "surrogate")  # type: ignore[attr-defined]
         predictor.held_out_ = Scores.load(folder / HELD_OUT_FILE)
         predictor.target_names_, predictor.units_ = stored["target_names"], stored["units"]
-        predictor.fitted_text_ids_ = stored["fitted_text_ids"]
+        predictor.fitted_text_ids_, predictor.fitted_rows_ = stored["fitted_text_ids"], FittedRows.load(folder)
         predictor.fidelity_, predictor.cost_ = Fidelity.from_dict(stored["fidelity"]), stored["cost"]
         return predictor
 
@@ -292,6 +319,19 @@ class InfluencePredictor:
             constant=measured[2],
             noise_ceiling=noise_ceiling(labels),
         )
+
+    def _features_by_encoder(self, dataset: Dataset) -> list[np.ndarray]:
+        spent: dict[str, float] = {}
+        parts = [encode_all([encoder], dataset, self.cache, cost=spent) for encoder in self.encoders]
+        self.cost_["feature_seconds"] += spent.get("seconds", 0.0)
+        self.cost_["feature_flops"] += spent.get("flops", 0.0)
+        return parts
+
+    def _require_fitted(self) -> None:
+        if not hasattr(self, "surrogate_"):
+            raise InputError(
+                "this predictor has not been fitted.", "a fitted or loaded predictor", "call fit(sample, labels) first."
+            )
 
     def _new_surrogate(self) -> Surrogate:
         return plugins.create(SURROGATES, self.surrogate_name, self.surrogate_options)

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surrogate.attribution.boostin import BoostIn as BoostIn
+    from surrogate.attribution.label_suspects import LabelSuspects as LabelSuspects
+    from surrogate.attribution.label_suspects import label_suspects as label_suspects
+    from surrogate.attribution.leaf_contributions import LeafContributions as LeafContributions
     from surrogate.attribution.leaf_influence import LeafInfluence as LeafInfluence
     from surrogate.attribution.leaf_refit import LeafRefit as LeafRefit
     from surrogate.attribution.leaf_similarity import LeafSimilarity as LeafSimilarity
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BoostIn": "surrogate.attribution.boostin",
+    "LabelSuspects": "surrogate.attribution.label_suspects",
+    "label_suspects": "surrogate.attribution.label_suspects",
+    "LeafContributions": "surrogate.attribution.leaf_contributions",
     "LeafInfluence": "surrogate.attribution.leaf_influence",
     "LeafRefit": "surrogate.attribution.leaf_refit",
     "LeafSimilarity": "surrogate.attribution.leaf_similarity",

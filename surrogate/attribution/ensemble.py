@@ -71,7 +71,7 @@ class TreeEnsemble:
             InputTypeError: It is something else.
             MissingFileError: There is no such file.
         """
-        booster, settings = _booster(model)
+        booster, settings = booster_of(model)
         function: Any = objective
         if function is None and isinstance(model, lgb.LGBMModel) and callable(model.objective):
             function = model.objective
@@ -83,7 +83,7 @@ class TreeEnsemble:
             booster=booster,
             text=text,
             objective=known,
-            learning_rates=_learning_rates(text),
+            learning_rates=learning_rates_of(text),
             reg_lambda=text.number("lambda_l2"),
             reg_alpha=text.number("lambda_l1"),
             cat_l2=text.number("cat_l2"),
@@ -231,7 +231,7 @@ def as_rows(X: Any, num_features: int) -> Any:
     return X
 
 
-def _booster(model: Any) -> tuple[lgb.Booster, dict[str, Any]]:
+def booster_of(model: Any) -> tuple[lgb.Booster, dict[str, Any]]:
     """Return the Booster and the settings that the living model remembers, with all their digits."""
     if isinstance(model, lgb.Booster):
         return model, dict(model.params)
@@ -266,7 +266,7 @@ def _refuse_other_trees(text: ModelText) -> None:
         )
 
 
-def _learning_rates(text: ModelText) -> Array:
+def learning_rates_of(text: ModelText) -> Array:
     """Return the rate (T,) of each round; that of round 0 may be a guess, which the leaf check proves or corrects.
 
     A tree without a split says 1, and so does every tree of round 0 that the init score was added to.

@@ -13,7 +13,7 @@ import lightgbm as lgb
 import numpy as np
 
 from oracle.errors import InputError
-from surrogate.attribution.ensemble import TreeEnsemble, _booster, _learning_rates
+from surrogate.attribution.ensemble import TreeEnsemble, booster_of, learning_rates_of
 from surrogate.attribution.model_text import ModelText
 from surrogate.attribution.objective_reading import Custom, ObjectiveFunction, read_objective
 from surrogate.attribution.objectives import Array, Objective
@@ -73,7 +73,7 @@ class Recipe:
         Raises:
             InputError: The model cannot be trained from features and labels alone.
         """
-        booster, settings = _booster(model)
+        booster, settings = booster_of(model)
         numbers = [float(value) for value in settings.values() if isinstance(value, (int, float)) and not isinstance(value, bool)]
         text = ModelText.parse(booster.model_to_string(), numbers)
         function: Any = objective
@@ -187,5 +187,5 @@ def _schedule(text: ModelText) -> list[float] | None:
     """Return the learning rate of each round where they differ; DART and random forests scale trees by rules of their own."""
     if text.parameters.get("boosting", "gbdt") != "gbdt":
         return None
-    rates = _learning_rates(text)
+    rates = learning_rates_of(text)
     return None if np.allclose(rates, rates[0], rtol=1e-6, atol=0.0) else [float(rate) for rate in rates]

@@ -71,14 +71,15 @@ class TrainingData:
     """Checked inputs of a fit, in content order.
 
     Shapes: features (S, D) float32, labels (S, C) float64, groups (S,), keys S strings made from content, weights (S,)
-    float64 and positive, or None: every text counts once.
+    float64 and positive, or None: every text counts once; rows (S,) where each stood among the rows that were given.
     """
 
     features: NDArray[np.float32]
     labels: NDArray[np.float64]
     groups: NDArray[np.int64]
     keys: list[str]
-    weights: NDArray[np.float64] | None = None
+    weights: NDArray[np.float64] | None
+    rows: NDArray[np.int64]
 
 
 def training_data(
@@ -131,6 +132,7 @@ def training_data(
         group_numbers[order],
         [keys[row] for row in order],
         None if (weights == 1.0).all() else weights[order],
+        used[order],
     )
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, overload
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ from surrogate.models import (
 from surrogate.perceptron import Perceptron, PerceptronTraining
 from surrogate.scaling import LABEL_SCALES, FeatureScaler, LabelScaler, weighted_mean
 from surrogate.splits import grouped_holdout
+
+if TYPE_CHECKING:
+    from surrogate.network_amounts import NetworkAmounts
 
 ROWS_PER_BLOCK = 8192
 
@@ -72,6 +75,7 @@ class InfluenceNetwork:
     """
 
     plugin_name: ClassVar[str] = "network"
+    explanations: ClassVar[tuple[str, ...]] = ("contributions",)
     hidden: str | Sequence[int] = option("128", "Widths of the hidden layers, comma-separated.")
     dropout: float = option(0.2, "Share of inputs and hidden units that are dropped while training.")
     learning_rate: float = option(1e-3, "Step size of AdamW.")
@@ -193,10 +197,44 @@ class InfluenceNetwork:
         for start in range(0, len(features), ROWS_PER_BLOCK):
             block = slice(start, start + ROWS_PER_BLOCK)
             outputs = self._member_outputs(features[block])  # (members, b, C)
-            scores[block] = self._label_scaler.inverse(outputs.mean(axis=0))
+            scores[block] = self.from_label_scale(outputs.mean(axis=0))
             if return_spread:
                 spreads[block] = np.stack([self._label_scaler.inverse(output) for output in outputs]).std(axis=0)
         return (scores, spreads) if return_spread else scores
+
+    def from_label_scale(self, output: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Return scores (B, C) in label units for scores on the label scale."""
+        return self._label_scaler.inverse(output).astype(np.float32)
+
+    def similarity_features(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return features (B, F) whose inner products say how far one text's label moves another's score.
+
+        The ridge path's features and the members' last hidden layers, each of mean square 1 and weighed by the gate.
+        """
+        from surrogate.network_amounts import hidden_and_output
+
+        gate = float(self.gate_.mean())
+        parts = [(gate / len(self.members_), hidden_and_output(member, features)[0]) for member in self.members_]
+        if self._linear_scaler is not None:
+            parts.append((1 - gate, self._linear_scaler.transform(features).astype(np.float64)))
+        return np.concatenate([np.sqrt(share) * part for share, part in parts], axis=1).astype(np.float32)
+
+    def explainer(self, data: TrainingData, method: str) -> NetworkAmounts:
+        """Return what accounts for scores by the data of the fit, with a method of `explanations`."""
+        from surrogate.network_amounts import LinearPath, MemberLabels, NetworkAmounts
+
+        assert method in self.explanations
+        scaled = self._label_scaler.transform(data.labels)
+        known: dict[str, Any] = {"targets": scaled - weighted_mean(scaled, data.weights), "sample_weight": data.weights}
+        linear = None
+        if self._linear_scaler is not None:
+            linear = LinearPath.of(self._linear_scaler, self.weights_.double().numpy(), data.features, **known)
+        members = [
+            MemberLabels.of(member, np.flatnonzero(~self._held_out(data, number)), data.features, **known)
+            for number, member in enumerate(self.members_)
+        ]
+        gate, intercept = self.gate_.double().numpy(), self.intercept_.double().numpy()
+        return NetworkAmounts(gate, intercept, linear, members, len(data.features))
 
     def save(self, folder: Path) -> None:
         """Write the fitted surrogate into `folder`."""
@@ -241,6 +279,11 @@ class InfluenceNetwork:
             ]
         return torch.stack(outputs).double().numpy()
 
+    def _held_out(self, data: TrainingData, number: int) -> NDArray[np.bool_]:
+        """Return which texts (S,) decide when a member stops."""
+        seed = self.seed * 1_000 + number
+        return grouped_holdout(data.groups, fraction=self.validation_fraction, seed=seed, keys=data.keys)
+
     def _train_member(
         self, number: int, data: TrainingData, targets: NDArray[np.float64], *, earlier: Perceptron | None
     ) -> tuple[Perceptron, NDArray, Tensor]:
@@ -250,7 +293,7 @@ class InfluenceNetwork:
             The member, the rows (B,) that were held out, and its output (B, C) for them: nothing but the stopping
             has seen their labels.
         """
-        mask = grouped_holdout(data.groups, fraction=self.validation_fraction, seed=self.seed * 1_000 + number, keys=data.keys)
+        mask = self._held_out(data, number)
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]))
         if earlier is None:
             weights = None if data.weights is None else data.weights[~mask]

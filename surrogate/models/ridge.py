@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,8 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 from oracle.errors import InputError, check_choice
 from oracle.plugins import option
 from surrogate.continuation import Continuation, check_warm_start, full_output
-from surrogate.linear import fit_scaled_ridge
+from surrogate.linear import LabelWeights, fit_scaled_ridge
 from surrogate.models import (
+    TrainingData,
     features_to_score,
     load_state,
     require_fitted,
@@ -26,6 +27,9 @@ from surrogate.models import (
     without_prefix,
 )
 from surrogate.scaling import LABEL_SCALES, FeatureScaler, LabelScaler
+
+if TYPE_CHECKING:
+    from surrogate.amounts import RidgeAmounts
 
 
 @dataclass(kw_only=True, eq=False)
@@ -54,6 +58,7 @@ class RidgeSurrogate:
     """
 
     plugin_name: ClassVar[str] = "ridge"
+    explanations: ClassVar[tuple[str, ...]] = ("contributions",)
     alpha: float | None = option(None, "Penalty on squared weights of standardised features; none: chosen per target.")
     weigh_features: bool = option(True, "Spare features from the penalty by how much they correlate with the targets.")
     label_scale: str = option("rank", "Scale that labels are fitted on: rank, robust or none.")
@@ -115,11 +120,30 @@ class RidgeSurrogate:
     def predict(self, X: ArrayLike) -> NDArray[np.float32]:
         """Return scores (B, C) in label units for features (B, D)."""
         features = features_to_score(X, self.num_features_ if hasattr(self, "weights_") else None)
-        return self._label_scaler.inverse(full_output(self, features)).astype(np.float32)
+        return self.from_label_scale(full_output(self, features))
+
+    def from_label_scale(self, output: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Return scores (B, C) in label units for scores on the label scale."""
+        return self._label_scaler.inverse(output).astype(np.float32)
 
     def own_output(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return what this fit learned, (B, C) on the label scale, without the part of earlier surrogates."""
         return self._feature_scaler.transform(features) @ self.weights_ + self.intercept_
+
+    def similarity_features(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return features (B, D) whose inner products say how far one text's label moves another's score."""
+        return self._feature_scaler.transform(features)
+
+    def explainer(self, data: TrainingData, method: str) -> RidgeAmounts:
+        """Return what accounts for scores by the data of the fit, with a method of `explanations`."""
+        from surrogate.amounts import RidgeAmounts
+
+        assert method in self.explanations
+        targets = self._label_scaler.transform(data.labels)  # (S, C)
+        if self.earlier_ is not None:
+            targets = targets - self.earlier_.output(data.features)
+        labels = LabelWeights.of(self._feature_scaler.transform(data.features), targets, sample_weight=data.weights)
+        return RidgeAmounts(self._feature_scaler, self.weights_, self.intercept_, self.alphas_, labels, self.earlier_)
 
     def save(self, folder: Path) -> None:
         """Write the fitted surrogate into `folder`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import lightgbm as lgb
 import numpy as np
@@ -31,6 +31,9 @@ from surrogate.models import (
 )
 from surrogate.scaling import LABEL_SCALES, LabelScaler, weighted_mean
 from surrogate.splits import grouped_folds
+
+if TYPE_CHECKING:
+    from surrogate.tree_amounts import TreeAmounts
 
 MAX_BIN = 31  # with thousands of features and few texts, time goes into bins; more of them ranked no better
 ENOUGH_VALIDATION_TEXTS = 400  # a correlation over so many has a standard error of 0.05; more folds would not pay
@@ -64,6 +67,7 @@ class InfluenceTrees:
     """
 
     plugin_name: ClassVar[str] = "trees"
+    explanations: ClassVar[tuple[str, ...]] = ("contributions", "boostin")
     num_trees: int = option(300, "Most trees per target; fewer are grown where held-out texts are ordered best by fewer.")
     min_trees: int = option(100, "Fewest trees per target: with few texts, a noisy stop would leave too few to order the pool.")
     learning_rate: float = option(0.03, "Share of each tree's correction that is kept.")
@@ -139,11 +143,44 @@ class InfluenceTrees:
         features = features_to_score(X, self.num_features_ if hasattr(self, "boosters_") else None)
         if len(features) == 0:
             return np.zeros((0, len(self.boosters_)), dtype=np.float32)
-        return self._label_scaler.inverse(full_output(self, features)).astype(np.float32)
+        return self.from_label_scale(full_output(self, features))
+
+    def from_label_scale(self, output: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Return scores (B, C) in label units for scores on the label scale."""
+        return self._label_scaler.inverse(output).astype(np.float32)
 
     def own_output(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return what this fit learned, (B, C) on the label scale, without the part of earlier surrogates."""
         return np.stack([booster.predict(features, num_threads=self.num_threads) for booster in self.boosters_], axis=1)
+
+    def similarity_features(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return features (B, F) whose inner products are the share of trees in which two texts share a leaf."""
+        blocks = []
+        for booster in self.boosters_:
+            leaves = np.asarray(booster.predict(features, pred_leaf=True, num_threads=self.num_threads)).reshape(
+                len(features), -1
+            )
+            numbers = np.arange(self.num_leaves)
+            blocks += [(leaves[:, [tree]] == numbers).astype(np.float32) for tree in range(leaves.shape[1])]
+        return (np.concatenate(blocks, axis=1) / math.sqrt(sum(self.num_trees_))).astype(np.float32)
+
+    def explainer(self, data: TrainingData, method: str) -> TreeAmounts:
+        """Return what accounts for scores by the data of the fit, with a method of `explanations`."""
+        from surrogate.tree_amounts import TreeAmounts
+
+        assert method in self.explanations
+        targets = self._label_scaler.transform(data.labels)  # (S, C)
+        if self.earlier_ is not None:
+            targets = targets - self.earlier_.output(data.features)
+        return TreeAmounts.of(
+            self.boosters_,
+            self._parameters(),
+            data.features,
+            targets=targets,
+            sample_weight=data.weights,
+            earlier=self.earlier_,
+            method=method,
+        )
 
     def save(self, folder: Path) -> None:
         """Write the fitted surrogate into `folder`."""
@@ -222,6 +259,7 @@ class InfluenceTrees:
             "num_threads": self.num_threads,
             "seed": self.seed,
             "deterministic": True,
+            "enable_bundle": False,  # bundles lose values of sparse columns: texts would be scored by other leaves than trained
             "force_row_wise": True,
             "verbosity": -1,
         }

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from surrogate.label_next import what_to_label_next as what_to_label_next
     from surrogate.planning.planner import plan as plan
     from surrogate.training.callback import InfluenceCallback as InfluenceCallback
     from surrogate.training.refresher import Refresher as Refresher
@@ -26,6 +27,7 @@ _HOMES = {
     "SelectedSampler": "surrogate.training.selected_dataset",
     "StreamRefresher": "surrogate.training.streaming",
     "plan": "surrogate.planning.planner",
+    "what_to_label_next": "surrogate.label_next",
 }
 __all__ = sorted(_HOMES)
 

@@ -26,6 +26,7 @@ from oracle.plugins import option
 from oracle.processes import working_together
 from oracle.texts import list_text_ids
 from surrogate.aggregation import combine
+from surrogate.label_next import order_by_mass
 from surrogate.predictor import ENCODERS, InfluencePredictor
 from surrogate.scores import Scores
 from surrogate.training.sampling import SAMPLINGS, draw_order, draw_sample
@@ -46,7 +47,7 @@ class LabelledRanking:
     method_options: Mapping[str, Any] | None = option(None, "Its options.")
     sample_size: int = option(600, "Texts that get a label at each refresh, the probe not counted.")
     max_target_texts: int | None = option(None, "Measure on at most this many texts of each target set.")
-    sampling: str = option("random", "Which texts get a label: random, stratified (by present scores, tails more) or uncertain.")
+    sampling: str = option("random", "Which texts get a label: random, stratified (by scores, tails more), uncertain or mass.")
     encoder: Sequence[Any] = option(("hashed_ngrams", "text_stats"), "Encoders of all candidates; model_state is the live model.")
     surrogate: str = option("ridge", "Surrogate that is fitted on the labels.")
     surrogate_options: Mapping[str, Any] | None = option(None, "Its options.")
@@ -75,10 +76,16 @@ class LabelledRanking:
                 "a surrogate of several members",
                 "use surrogate='network', or sampling='stratified'.",
             )
-        if (self.warm_start or self.sampling == "uncertain") and self._has_live_features():
+        if self.sampling == "mass" and not hasattr(surrogate, "similarity_features"):
             raise InputError(
-                "features of the live model beside warm_start or sampling='uncertain', which need the surrogate before: "
-                "that one knows the features of its own checkpoint only.",
+                f"sampling='mass' with the surrogate {self.surrogate!r}, which does not say which texts it takes for alike.",
+                "a surrogate with `similarity_features`: ridge, trees or network",
+                "use one of these, or sampling='stratified'.",
+            )
+        if (self.warm_start or self.sampling in ("uncertain", "mass")) and self._has_live_features():
+            raise InputError(
+                "features of the live model beside warm_start or sampling='uncertain' or 'mass', which need the surrogate "
+                "before: that one knows the features of its own checkpoint only.",
                 "frozen encoders beside these options",
                 "leave model_state out, or use sampling='stratified' and warm_start=False.",
             )
@@ -135,13 +142,12 @@ class LabelledRanking:
         places = np.array([place for place, text_id in enumerate(ids) if text_id not in known], dtype=np.int64)
         size = max(int(self.sample_size * context.sample_factor), 1)
         places = places if len(places) >= size else np.arange(len(ids))
-        scores, spread = self._guides(context, texts.select(places)) if context.earlier else (None, None)
+        guides = self._guides(context, texts.select(places), size) if context.earlier else {}
         drawn = draw_sample(
             [ids[place] for place in places],
             size,
             how=self.sampling,
-            scores=scores,
-            spread=spread,
+            **guides,
             salt=f"{context.seed}:{context.refresh}:sample",
         )
         chosen = places[drawn.places]
@@ -149,20 +155,23 @@ class LabelledRanking:
         judged = {ids[place] for place in places[drawn.places[drawn.at_random]]}
         return context.candidates[chosen], judged
 
-    def _guides(self, context: RankingContext, texts: Dataset) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """The last ranking's scores and, where the surrogate has one, its members' spread, by text."""
+    def _guides(self, context: RankingContext, texts: Dataset, size: int) -> dict[str, np.ndarray]:
+        """What the last ranking says of each text that could get a label, by the names that `draw_sample` takes it by."""
         if self.sampling == "random":
-            return None, None
+            return {}
         if self.sampling == "stratified":
             scores = Scores.load(context.earlier[-1] / "scores.parquet")
             combined = combine(np.asarray(scores), "sum_z", target_names=scores.target_names)
             known = dict(zip(scores.text_ids, combined.tolist(), strict=True))
             middle = float(np.median(combined))  # for texts that it did not score
-            return np.array([known.get(text_id, middle) for text_id in list_text_ids(texts)]), None
+            return {"scores": np.array([known.get(text_id, middle) for text_id in list_text_ids(texts)])}
         predictor = InfluencePredictor.load(context.earlier[-1] / "predictor", lm=context.lm, cache=context.cache)
+        if self.sampling == "mass":
+            turn = {text_id: number for number, text_id in enumerate(order_by_mass(predictor, texts, size, seed=context.seed))}
+            return {"mass": np.array([float(size - turn.get(text_id, size)) for text_id in list_text_ids(texts)])}
         surrogate: Any = predictor.surrogate_
         _, spread = surrogate.predict(predictor.features(texts), return_spread=True)  # (M, C)
-        return None, (spread / (spread.mean(0) + 1e-30)).sum(1)
+        return {"spread": (spread / (spread.mean(0) + 1e-30)).sum(1)}
 
     def _label(self, context: RankingContext, rows: np.ndarray) -> Labels:
         from oracle.measure import UnlabelableTextWarning, label

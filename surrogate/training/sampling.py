@@ -14,7 +14,7 @@ import numpy as np
 from oracle.errors import InputError, check_choice
 from surrogate.training.chance import uniform
 
-SAMPLINGS = ("random", "stratified", "uncertain")
+SAMPLINGS = ("random", "stratified", "uncertain", "mass")
 RANDOM_SHARE = 0.5  # of a sample that is otherwise chosen by scores
 NUM_STRATA = 10
 TOP_WEIGHT, BOTTOM_WEIGHT = 4.0, 2.0  # of the outer strata, beside 0.5 for each of the others
@@ -45,6 +45,7 @@ def draw_sample(
     how: str = "random",
     scores: np.ndarray | None = None,
     spread: np.ndarray | None = None,
+    mass: np.ndarray | None = None,
     salt: str = "",
 ) -> Sample:
     """Draw texts to label.
@@ -53,9 +54,11 @@ def draw_sample(
         text_ids: M candidates.
         size: How many to draw; all of them where there are no more.
         how: "random"; "stratified" for a half at random and a half by tenths of the present scores, the best and the worst
-            tenth more than the others; "uncertain" for a half at random and the texts of the largest spread.
+            tenth more than the others; "uncertain" for a half at random and the texts of the largest spread; "mass" for a
+            half at random and the texts whose labels are expected to change most scores.
         scores: (M,) present scores, for "stratified". Without them everything is drawn at random.
         spread: (M,) how unsure the surrogate is, for "uncertain"; likewise.
+        mass: (M,) larger for texts to be labelled earlier, for "mass"; likewise.
         salt: Seed and occasion, as text.
 
     Raises:
@@ -64,7 +67,7 @@ def draw_sample(
     check_choice("sampling", how, SAMPLINGS)
     order = draw_order(text_ids, salt)
     size = min(size, len(order))
-    guide = {"random": None, "stratified": scores, "uncertain": spread}[how]
+    guide = {"random": None, "stratified": scores, "uncertain": spread, "mass": mass}[how]
     if guide is None:
         return _sample(order[:size], order[:0])
     if guide.shape != (len(text_ids),):
@@ -74,7 +77,8 @@ def draw_sample(
     num_random = size - int(size * (1 - RANDOM_SHARE))
     drawn, rest = order[:num_random], order[num_random:]
     wanted = size - num_random
-    chosen = rest[np.argsort(-guide[rest], kind="stable")[:wanted]] if how == "uncertain" else _by_strata(rest, guide, wanted)
+    by_size = how in ("uncertain", "mass")
+    chosen = rest[np.argsort(-guide[rest], kind="stable")[:wanted]] if by_size else _by_strata(rest, guide, wanted)
     return _sample(drawn, chosen)
 
 

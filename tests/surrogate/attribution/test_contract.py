@@ -11,15 +11,23 @@ import pytest
 from oracle.errors import InputError
 from surrogate.attribution import contract
 from surrogate.attribution.boostin import BoostIn
+from surrogate.attribution.leaf_contributions import LeafContributions
 from surrogate.attribution.leaf_influence import LeafInfluence
+from surrogate.attribution.leaf_refit import LeafRefit
 from surrogate.attribution.leaf_similarity import LeafSimilarity
+from surrogate.attribution.leave_one_out import LeaveOneOut
 from surrogate.attribution.top_rows import TopRows
+from surrogate.attribution.trex import TREX
 
 METHODS = {
     "BoostIn": BoostIn,
     "LeafSimilarity": LeafSimilarity,
     "LeafInfluence": LeafInfluence,
     "LeafInfluence-single-point": lambda model: LeafInfluence(model, single_point=True),
+    "LeafContributions": LeafContributions,
+    "LeafRefit": LeafRefit,
+    "LeaveOneOut": LeaveOneOut,
+    "TREX": TREX,
 }
 
 
@@ -55,7 +63,9 @@ def test_top_k_is_the_top_of_the_full_matrix(make, train_case, monkeypatch, k):
     )
 
 
-def test_trees_without_a_split_count_as_one_leaf_as_in_the_published_code(make, train_case, slow_truth):
+@pytest.mark.parametrize("published", ["BoostIn", "LeafSimilarity", "LeafInfluence", "LeafInfluence-single-point"])
+def test_trees_without_a_split_count_as_one_leaf_as_in_the_published_code(published, train_case, slow_truth):
+    make = METHODS[published]
     case = train_case("multiclass", n_estimators=9, learning_rate=0.9, min_child_weight=2.5)
     method, slow = case.fit(make(case.estimator)), slow_truth(case)
     assert any(tree.is_constant for tree in method.rows_.ensemble.text.trees)
@@ -127,7 +137,7 @@ def test_init_scores_move_the_test_rows_gradients(make, train_case):
     start = np.random.default_rng(3).normal(size=60)
     case = train_case("binary", fit={"init_score": start})
     method = make(case.estimator).fit(case.X, case.y, init_score=start)
-    with pytest.raises(InputError, match="not given for the test rows"):
+    with pytest.raises(InputError, match=r"(not|no) .*init scores|not given for the test rows"):
         method.attribute(case.X_test, case.y_test)
     far, near = (method.attribute(case.X_test, np.ones(9, int), init_score=np.full(9, score)) for score in (-9.0, 9.0))
     if make is not LeafSimilarity:

@@ -35,9 +35,10 @@ def test_a_stratified_sample_is_half_at_random_and_has_more_of_the_tails() -> No
     assert abs(at_random.mean() - 500) < 100
 
 
-def test_an_uncertain_sample_has_the_texts_of_the_largest_spread() -> None:
+@pytest.mark.parametrize(("how", "guide"), [("uncertain", "spread"), ("mass", "mass")])
+def test_an_uncertain_sample_has_the_texts_of_the_largest_spread(how: str, guide: str) -> None:
     spread = np.abs(SCORES)
-    sample = draw_sample(IDS, 100, how="uncertain", spread=spread)
+    sample = draw_sample(IDS, 100, how=how, **{guide: spread})
     chosen, random = sample.places[~sample.at_random], sample.places[sample.at_random]
     others = np.setdiff1d(np.arange(1000), sample.places)
     assert spread[chosen].min() >= spread[others].max()
