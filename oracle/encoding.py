@@ -149,8 +149,8 @@ def encode_texts(texts: Dataset, tokenizer: Any, *, max_tokens: int, too_long: s
         ]
     else:
         ids = [list(row) for row in texts["input_ids"]]
-        labels = [list(row) for row in texts["labels"]] if "labels" in texts.column_names else ids
-        pairs = list(zip(ids, [list(row) for row in labels], strict=True))
+        given = list(texts["labels"]) if "labels" in texts.column_names else [None] * len(ids)
+        pairs = [(own, list(own if row is None else row)) for own, row in zip(ids, given, strict=True)]
     longest = max((len(ids) for ids, _ in pairs), default=0)
     if too_long == "refuse" and longest > max_tokens:
         count = sum(len(ids) > max_tokens for ids, _ in pairs)

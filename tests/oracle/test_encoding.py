@@ -150,3 +150,9 @@ def test_a_start_token_that_is_also_the_end_token_stays_before_an_empty_prompt(t
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<eos> $A", special_tokens=[start])
     text = _encode([{"prompt": "", "completion": "fox"}, {"prompt": "the", "completion": "fox"}], tokenizer)[0]
     assert tokenizer.decode(text.input_ids) == "<eos>fox" and text.labels[0] == IGNORED
+
+
+def test_token_texts_of_which_only_some_have_labels_are_predicted_whole_where_they_have_none():
+    texts = oracle.read_texts([{"input_ids": [1, 2, 3], "labels": [-100, 2, -100]}, {"input_ids": [4, 5], "labels": None}])
+    encoded = encode_texts(texts, None, max_tokens=8)
+    assert sorted(tuple(text.labels) for text in encoded) == [(-100, 2, -100), (4, 5)]
