@@ -10,6 +10,7 @@ import textwrap
 import time
 import warnings
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -563,7 +564,7 @@ def test_labels_that_no_optimiser_decides_are_gone_on_with_at_another_state_of_i
 def test_a_call_that_failed_before_its_first_block_binds_no_folder(lm, targets, make_token_texts, tmp_path, monkeypatch):
     sample, plugin = make_token_texts(3, seed=1), plugins.load("oracle.methods", "grad_dot")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(plugin, "measure", lambda self, encoded: signal.raise_signal(signal.SIGINT))
+        patch.setattr(plugin, "measure", Mock(side_effect=KeyboardInterrupt))
         oracle.label(lm, sample, targets, method="grad_dot", workdir=tmp_path)
     labels = oracle.label(lm, sample, targets, method="grad_dot", similarity="cosine", workdir=tmp_path)
     assert labels.meta["options"]["similarity"] == "cosine"
