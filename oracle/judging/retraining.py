@@ -27,6 +27,7 @@ from oracle.artifacts import fingerprint, read_json, require_same, write_json
 from oracle.checkpoint_identity import checkpoint_identity, reading_identity
 from oracle.encoding import IGNORED, EncodedText
 from oracle.errors import InputError, MismatchError, NotFiniteError, check_at_least, check_choice, check_count
+from oracle.label_store import IDENTITY_FILE
 from oracle.language_model import REDUCTIONS, LanguageModel
 from oracle.optimizers import require_optimizer
 from oracle.progress import track
@@ -36,8 +37,6 @@ from oracle.texts import read_texts
 
 if TYPE_CHECKING:
     from oracle.targets import Targets
-
-IDENTITY_FILE = "identity.json"
 
 
 @dataclass(frozen=True, kw_only=True)
