@@ -200,16 +200,18 @@ class LanguageModel:
         logits: Tensor = self.module(**inputs, use_cache=False).logits
         return logits
 
-    def token_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return every predicted token's loss and the mask of those that count, both (B, L-1); float32, nats."""
+    def token_losses(self, batch: Batch, *, fine: bool = False) -> tuple[Tensor, Tensor]:
+        """Return every predicted token's loss and the mask of those that count, both (B, L-1); nats.
+
+        Args:
+            fine: The losses come in float64, without the last rounding to float32 (2e-7 nats of a loss of 4), which is most
+                of the error where the logits are small; the logits are what the model computes. Forward passes only.
+        """
         rows = batch.packed
         logits = self.logits(batch)[:, :-1]  # (R, M-1, V)
         labels = (batch if rows is None else rows).labels[:, 1:]  # (R, M-1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        flat = functional.cross_entropy(
-            logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED, reduction="none"
-        )
-        losses = flat.view(labels.shape)
+        losses = _fine_cross_entropy(logits, labels) if fine else _cross_entropy(logits, labels)
         if rows is not None:
             losses = rows.by_text(functional.pad(losses, (1, 0)))[:, 1:]  # (B, L-1)
         return losses, batch.labels[:, 1:] != IGNORED
@@ -326,6 +328,21 @@ class LanguageModel:
                     "the optimizer that trains this module",
                     "build it from module.parameters() after the module has its final form.",
                 )
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    flat = functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED, reduction="none"
+    )
+    return flat.view(labels.shape)
+
+
+def _fine_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    largest = logits.amax(-1)  # (R, M-1)
+    total = (logits - largest.unsqueeze(-1)).exp_().sum(-1)  # its rounding is relative to 1 or more
+    own = logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    losses = total.double().log() + largest.double() - own.double()
+    return losses.masked_fill(labels == IGNORED, 0.0)
 
 
 def _choose_device(module: nn.Module, optimizer: torch.optim.Optimizer | None, device: str | torch.device) -> torch.device:

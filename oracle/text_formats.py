@@ -92,20 +92,30 @@ def used_columns(material: Material, text_column: str, format_name: str) -> dict
 
 def judge(format_name: str, used: dict[str, Column], num_rows: int) -> tuple[list[str], list[str]]:
     """Return the text_ids of the kept rows, and for every row the reason of its rejection ("" when kept)."""
-    read_parts = _PARTS_READERS[format_name]
-    values = [_token_lists(column) if format_name == "tokens" else column_values(column) for column in used.values()]
+    row_ids, reasons = identify(format_name, used)
     text_ids: dict[str, None] = {}
-    reasons = []
-    for row in zip(*values, strict=True):
-        try:
-            text_id = _text_id(format_name, read_parts(*row))
-        except _Rejected as rejection:
-            reasons.append(str(rejection))
-            continue
-        reasons.append("duplicate" if text_id in text_ids else "")
-        text_ids[text_id] = None
+    for row, text_id in enumerate(row_ids):
+        if text_id in text_ids:
+            reasons[row] = "duplicate"
+        elif text_id:
+            text_ids[text_id] = None
     assert len(reasons) == num_rows
     return list(text_ids), reasons
+
+
+def identify(format_name: str, used: dict[str, Column]) -> tuple[list[str], list[str]]:
+    """Return the text_id of every row ("" where it is rejected) and the reason of its rejection ("" where it is not)."""
+    read_parts = _PARTS_READERS[format_name]
+    values = [_token_lists(column) if format_name == "tokens" else column_values(column) for column in used.values()]
+    row_ids, reasons = [], []
+    for row in zip(*values, strict=True):
+        try:
+            row_ids.append(_text_id(format_name, read_parts(*row)))
+            reasons.append("")
+        except _Rejected as rejection:
+            row_ids.append("")
+            reasons.append(str(rejection))
+    return row_ids, reasons
 
 
 def _text_id(format_name: str, parts: Iterable[bytes]) -> str:

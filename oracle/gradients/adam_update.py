@@ -52,25 +52,27 @@ class AdamStep:
         """Return what the step subtracts from a block (P',) of weights from `first` on, in float64."""
         return float(self.group["lr"]) * self.direction(gradient, first)
 
-    def direction(self, gradient: Tensor, first: int, *, include_momentum: bool = True) -> Tensor:
-        """Return the same per unit of learning rate, with or without the mean of the gradients before."""
+    def direction(
+        self, gradient: Tensor, first: int, *, include_momentum: bool = True, dtype: torch.dtype = torch.float64
+    ) -> Tensor:
+        """Return the same per unit of learning rate, with or without the mean of the gradients before, in `dtype`."""
         rows = slice(first, first + len(gradient))
-        g = gradient.double()
+        g = gradient.to(dtype)
         if self.group.get("maximize"):
             g = -g
         if self.decay is not None:
-            g = g + float(self.group["weight_decay"]) * self.decay[rows].double()
+            g = g + float(self.group["weight_decay"]) * self.decay[rows].to(dtype)
         mean_decay, square_decay = (float(beta) for beta in self.group["betas"])
-        mean = (1 - mean_decay) * g
-        square = (1 - square_decay) * g.square()
+        mean = g * (1 - mean_decay)
+        square = g.square().mul_(1 - square_decay)
         if include_momentum and self.mean is not None:
-            mean += mean_decay * self.mean[rows].double()
+            mean.add_(self.mean[rows].to(dtype), alpha=mean_decay)
         if self.square is not None:
-            square += square_decay * self.square[rows].double()
+            square.add_(self.square[rows].to(dtype), alpha=square_decay)
         if self.largest_square is not None:
-            square = torch.maximum(square, self.largest_square[rows].double())
-        root = square.sqrt() / (1 - square_decay**self.number) ** 0.5
-        return mean / (root + float(self.group["eps"])) / (1 - mean_decay**self.number)
+            square = torch.maximum(square, self.largest_square[rows].to(dtype))
+        root = square.sqrt_().mul_((1 - square_decay**self.number) ** -0.5).add_(float(self.group["eps"]))
+        return mean.div_(root).mul_(1 / (1 - mean_decay**self.number))
 
 
 class AdamUpdateProducts:

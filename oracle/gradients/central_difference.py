@@ -6,10 +6,14 @@ the losses of all texts are read on both sides. Nothing has to be known about th
 The step e. With h the nats by which the loss moves on each side, the error from the loss's bend is about h^2 and that
 from rounding about eps / h, so h = eps^(1/3) balances them: 0.005 nats in float32. The slope that turns h into e is
 that of the target's own texts, from one ordinary gradient. (A step that is a fixed share of the weights' norm does
-worse: between the models tried, the best share differed thirtyfold, and the best h threefold.)
+worse: between the models tried, the best share differed thirtyfold, and the best h threefold.) Doubling
+e makes the bend's error four times as large, so a third of what doubling changes is that error itself. Texts of the sample
+move less than the target's own, so rounding costs them more: the step taken is the largest, from 4 h down by halves, at
+which doubling changes the target's texts by no more than `AIM`, or else the one where halving helps no more. Rounding is
+also why the losses are finished in float64.
 
-The check. On the target's texts the differences have to add up to the ordinary gradient's product, and doubling e must
-not change them, else e is made smaller. A direction that fails is refused: what is left is rounding, or a loss with kinks
+The check. On the target's texts the differences have to add up to the ordinary gradient's product, and doubling e may
+change them by `TOLERANCE` at most. A direction that fails is refused: what is left is rounding, or a loss with kinks
 (ReLU), whose error falls with e alone. Then doubling e must not change the first block of the sample that has an influence.
 Which block that is depends on how many processes share the work and on where it is taken up again, so it decides over no
 label: a block that fails is told in a warning and in the labels' facts.
@@ -40,9 +44,10 @@ from oracle.language_model import LanguageModel
 
 PRECISIONS = (torch.float32, torch.float64)  # in a coarser one, rounding eats most of a step that is small enough
 TOLERANCE = 5e-3  # of the largest value; Spearman's correlation stays above 0.999
+AIM = 1.5e-4  # of the largest value, changed by doubling the step: a third of it, 5e-5, is the error of the step itself
 FLOAT64_TOLERANCE = 1e-6  # met where all of a model computes in float64, else the steps of float32 are tried
-# What the step is divided by, in turn, until the check passes; where a loss is very flat, a step is long and bends a lot.
-SMALLER_STEPS = (1, 4, 16, 64, 128, 256, 512)
+LARGEST_FACTOR = 4  # of h: the first step that is tried
+MAX_HALVINGS = 11  # where a loss is very flat, the step is long and bends a lot
 MIN_SHARE = 0.1  # of the target's own largest value: the least that errors in the first block are compared with
 
 
@@ -150,14 +155,16 @@ class CentralDifference:
                 "check which parameters are trainable, or take other target texts.",
             )
         whole = (_norm(list(self.originals.values())) or 1.0) / length  # e for a step as long as the weights
-        candidates = self._candidates(batch, slope) if self.relative is None else [(self.relative * whole, TOLERANCE)]
-        tried = []
-        for size, tolerance in candidates:
+        tried: list[Step] = []
+        for size, tolerance in self._candidates(batch, slope, whole, tried):
             largest, error = self._error(batch, held, index, size=size, slope=slope)
             tried.append(Step(size, size / whole, largest, error))
             if error <= tolerance:
-                self.steps.append(tried[-1])
-                return
+                break
+        best = min(tried, key=lambda step: step.error)
+        if best.error <= TOLERANCE:
+            self.steps.append(best)
+            return
         told = ", ".join(f"{step.error:.1e} with a step of {step.relative:.1e}" for step in tried)
         raise self._inexact(f"on target set {name!r} itself", told)
 
@@ -204,17 +211,22 @@ class CentralDifference:
                 slope += float(dot_in_blocks(gradient.reshape(1, -1), direction[index].to(gradient.dtype).reshape(1, -1)))
         return slope, held
 
-    def _candidates(self, batch: Batch, slope: float) -> Iterator[tuple[float, float]]:
-        """Yield (step, tolerance): that of the weights' precision, then smaller ones.
+    def _candidates(self, batch: Batch, slope: float, whole: float, tried: list[Step]) -> Iterator[tuple[float, float]]:
+        """Yield (step, error at which to stop): that of the weights' precision, then smaller ones as long as they help.
 
         Some layers of a float64 model compute in float32 (the norms of Llama); float32's steps follow for those.
         """
+        if self.relative is not None:
+            yield self.relative * whole, TOLERANCE
+            return
         num_losses = len(batch.positions) if self.reduction == "mean" else int(_mask(batch).sum())
         per_nat = num_losses / abs(slope)
         if all(p.dtype == torch.float64 for p in self.parameters.values()):
             yield per_nat * torch.finfo(torch.float64).eps ** (1 / 3), FLOAT64_TOLERANCE
-        for divisor in SMALLER_STEPS:
-            yield per_nat * torch.finfo(torch.float32).eps ** (1 / 3) / divisor, TOLERANCE
+        for halvings in range(MAX_HALVINGS + 1):
+            yield per_nat * torch.finfo(torch.float32).eps ** (1 / 3) * LARGEST_FACTOR / 2**halvings, AIM
+            if halvings and tried[-2].error <= min(TOLERANCE, tried[-1].error):
+                return
 
     def _error(self, batch: Batch, held: HeldChoices, index: int, *, size: float, slope: float) -> tuple[float, float]:
         """Return the largest value, and what doubling the step changes of it, or the sum misses of the gradient's if more."""
@@ -290,7 +302,7 @@ class CentralDifference:
         result = []
         for batch, choices in zip(batches, held, strict=True):
             with torch.no_grad(), choices:
-                result.append(self.lm.token_losses(batch)[0])
+                result.append(self.lm.token_losses(batch, fine=True)[0])
         return result
 
 

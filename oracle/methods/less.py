@@ -108,7 +108,8 @@ class Less:
         losses, norms, update_norms = np.zeros(len(encoded)), np.zeros(len(encoded)), np.zeros(len(encoded))
         for row, text in enumerate(encoded):
             losses[row], gradients = self._gradients(text)
-            norms[row] = float(torch.stack([g.square().sum(dtype=torch.float64) for g in gradients.values()]).sum().sqrt())
+            flat = [g.reshape(1, -1).float() for g in gradients.values()]
+            norms[row] = sum(float(dot_in_blocks(g, g)) for g in flat) ** 0.5
             products[row], update_norms[row] = self._products(gradients)
         columns = {"text_loss": losses, "gradient_norm": norms, "update_norm": update_norms}
         return Measured(*self._scaled(products, update_norms), columns)
@@ -181,7 +182,7 @@ class Less:
                 projected += self.projection_.project(name, update, shape=gradient.shape)
                 continue
             products += dot_in_blocks(update, self.directions_[name].flatten(1))[0]
-            square += update.square().sum(dtype=torch.float64)
+            square += dot_in_blocks(update, update)[0, 0]
         if self.projection_ is not None:
             products = self.directions_[PROJECTED].double() @ projected[0]
             square = projected.square().sum()
@@ -191,8 +192,9 @@ class Less:
     def _update(self, name: str, gradient: Tensor) -> Tensor:
         """What Adam's next step would subtract from a parameter, per unit of learning rate: (1, P) float32."""
         flat, size, step = gradient.reshape(-1), adam_update.BLOCK_ELEMENTS, self.steps_[name]
+        dtype = torch.promote_types(gradient.dtype, torch.float32)  # its rounding is each weight's own; the sums are in float64
         blocks = [
-            step.direction(flat[first : first + size], first, include_momentum=self.include_momentum).float()
+            step.direction(flat[first : first + size], first, include_momentum=self.include_momentum, dtype=dtype).float()
             for first in range(0, len(flat), size)
         ]
         return torch.cat(blocks).unsqueeze(0)

@@ -31,11 +31,11 @@ def set_memory(lm, monkeypatch):
     def set_memory(num_tokens):
         measure, tried = type(lm).token_losses, []
 
-        def token_losses(batch):
+        def token_losses(batch, **options):
             tried.append(batch.input_ids.numel())
             if tried[-1] > num_tokens:
                 raise torch.OutOfMemoryError("no memory left")
-            return measure(lm, batch)
+            return measure(lm, batch, **options)
 
         monkeypatch.setattr(lm, "token_losses", token_losses)
         return tried
