@@ -85,6 +85,7 @@ class LanguageModel:
         self.module, self.tokenizer, self.optimizer = module, tokenizer, optimizer
         self.max_tokens = min(DEFAULT_MAX_TOKENS, self.context or DEFAULT_MAX_TOKENS) if max_tokens is None else max_tokens
         self.too_long, self.packing, self._keeps_texts_apart = too_long, packing, False
+        self._held: Snapshot | None = None  # what `preserved` puts back, while its block runs
         self.batch_tokens: int | None = None
         self.device = _choose_device(module, optimizer, device)
         module.to(self.device)
@@ -243,11 +244,17 @@ class LanguageModel:
             weights: False if the block only reads weights and optimiser state; they are then not copied.
         """
         snapshot = self.snapshot(weights=weights)
+        outer, self._held = self._held, snapshot if weights else None
         self.module.eval()
         try:
             yield snapshot
         finally:
+            self._held = outer
             self.restore(snapshot)
+
+    def start_of_steps(self) -> Snapshot:
+        """Return the copy of weights and optimiser state that `preserved` holds in this block, or else make one."""
+        return self.snapshot() if self._held is None else self._held
 
     def fingerprint(self, *, optimizer: bool = False) -> str:
         """Return 16 hex digits that identify the weights bit for bit.

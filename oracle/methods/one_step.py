@@ -70,7 +70,7 @@ class OneStep:
         """Copy the state, measure the losses before, and what a step with a zero gradient does to them."""
         require_optimizer(lm, needed_by=self.plugin_name, otherwise="use method='grad_dot'")
         self.lm_, self.columns_ = lm, columns
-        self.snapshot_: Snapshot = lm.snapshot()
+        self.snapshot_: Snapshot = lm.start_of_steps()
         self.before_ = columns.losses(lm)  # (K,)
         if not np.isfinite(self.before_).all():
             bad = sorted({columns.names[columns.parts[index]] for index in np.flatnonzero(~np.isfinite(self.before_))})

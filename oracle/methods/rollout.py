@@ -117,7 +117,7 @@ class Rollout:
         """Plan the rollouts and measure each with its own companion in the place, and with nothing there."""
         require_optimizer(lm, needed_by=self.plugin_name, otherwise="use method='grad_dot'")
         self.lm_, self.columns_ = lm, columns
-        self.start_: Snapshot = lm.snapshot()
+        self.start_: Snapshot = lm.start_of_steps()
         self.plans_ = self._plans()
         self.before_place_: tuple[int, Snapshot] | None = None  # a rollout and the state in which its place is reached
         self.base_ = np.stack([self._losses_after(index, plan.batches[plan.step][-1]) for index, plan in enumerate(self.plans_)])
