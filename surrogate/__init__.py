@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from surrogate.pipeline import Run as Run
     from surrogate.predictor import InfluencePredictor as InfluencePredictor
     from surrogate.scores import Scores as Scores
+    from surrogate.scoring.corpus import score_corpus as score_corpus
+    from surrogate.scoring.scored_corpus import ScoredCorpus as ScoredCorpus
     from surrogate.selection import Budget as Budget
     from surrogate.selection import Selection as Selection
     from surrogate.selection import select as select
@@ -28,11 +30,13 @@ _HOMES = {
     "FeatureCache": "surrogate.feature_cache",
     "Run": "surrogate.pipeline",
     "Scores": "surrogate.scores",
+    "score_corpus": "surrogate.scoring.corpus",
+    "ScoredCorpus": "surrogate.scoring.scored_corpus",
     "Budget": "surrogate.selection",
     "Selection": "surrogate.selection",
     "select": "surrogate.selection",
 }
-_SUBPACKAGES = ("attribution", "training")
+_SUBPACKAGES = ("attribution", "scoring", "training")
 __all__ = sorted([*_HOMES, *_SUBPACKAGES])
 
 

@@ -2,19 +2,22 @@
 
 Columns of different targets have different spreads, so sums are taken over z-scores unless asked otherwise.
 A column without spread ranks nothing and its z-score is 0. Aggregation is a choice of the selection rule
-and happens nowhere else.
+and happens nowhere else. Every step is done row by row or block by block, so a pool that is streamed from disk in
+blocks gets the same bits as one in memory, and equal scores give equal numbers at every position.
 
 Left out: non-linear trade-offs between targets (Pareto fronts).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from oracle.errors import InputError, check_choice
 
+BLOCK_ROWS = 65_536  # rows whose sum is taken at once; the sums of blocks are added in order
 WAYS = ("sum_z", "mean", "max_z", "min_z")
 WEIGHTED_WAYS = ("sum_z", "mean")
 COMBINE_HELP = "How targets become one number: 'sum_z' (mean of z-scores), 'mean', 'max_z', 'min_z', or one target's name."
@@ -41,24 +44,74 @@ def combine(
     """
     names = list(target_names)
     assert scores.ndim == 2 and scores.shape[1] == len(names)
-    column_weights = _check(how, names, weights)
+    way = Combination.of(how, target_names=names, weights=weights)
     values = np.asarray(scores, dtype=np.float64)  # (N, C)
-    if how not in WAYS:
-        return values[:, names.index(how)].copy()
-    if how == "mean":
-        return values @ column_weights
-    z_scores = standardise(values)
-    if how == "sum_z":
-        return z_scores @ column_weights
-    return z_scores.max(axis=1) if how == "max_z" else z_scores.min(axis=1)
+    return way.rows(values, moments(lambda: _in_blocks(values)) if way.uses_moments else None)
 
 
 def standardise(values: np.ndarray) -> np.ndarray:
     """Return z-scores along the first axis; 0 where a column has no spread beyond rounding."""
-    centred = values - values.mean(axis=0)
-    spread = centred.std(axis=0)
-    has_spread = spread > 1e-12 * np.abs(values).max(axis=0)
-    return np.where(has_spread, centred / np.where(has_spread, spread, 1.0), 0.0)
+    return moments(lambda: _in_blocks(values)).z_scores(values)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and standard deviation of each column; a standard deviation of 0 stands for no spread beyond rounding."""
+
+    mean: np.ndarray
+    spread: np.ndarray
+
+    def z_scores(self, values: np.ndarray) -> np.ndarray:
+        """Return the z-scores of some rows; 0 where there is no spread."""
+        has_spread = self.spread > 0
+        return np.where(has_spread, (values - self.mean) / np.where(has_spread, self.spread, 1.0), 0.0)
+
+
+def moments(blocks: Callable[[], Iterable[np.ndarray]]) -> Moments:
+    """Measure columns that come in blocks of `BLOCK_ROWS` rows, float64; `blocks` is called three times."""
+    num_rows, total, largest = 0, np.zeros(()), np.zeros(())
+    for block in blocks():
+        num_rows, total = num_rows + len(block), total + block.sum(axis=0)
+        largest = np.maximum(largest, np.abs(block).max(axis=0))
+    mean = np.asarray(total / num_rows)
+    offset = sum((block - mean).sum(axis=0) for block in blocks()) / num_rows  # what rounding left of the mean
+    squares = sum(np.square(block - mean - offset).sum(axis=0) for block in blocks())
+    spread = np.sqrt(squares / num_rows)
+    return Moments(mean, np.where(spread > 1e-12 * largest, spread, 0.0))
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A way to combine targets, ready for blocks of rows; `combine` has the ways."""
+
+    how: str
+    column: int | None
+    weights: np.ndarray
+
+    @classmethod
+    def of(cls, how: str, *, target_names: Sequence[str], weights: Mapping[str, float] | None) -> Combination:
+        """Check the options; raise `InputError` where they do not fit."""
+        names = list(target_names)
+        column_weights = _check(how, names, weights)
+        return cls(how, None if how in WAYS else names.index(how), column_weights)
+
+    @property
+    def uses_moments(self) -> bool:
+        """Whether `rows` needs the moments of all rows."""
+        return self.column is None and self.how != "mean"
+
+    def rows(self, values: np.ndarray, measured: Moments | None) -> np.ndarray:
+        """Reduce rows (B, C), float64, to (B,)."""
+        if self.column is not None:
+            return values[:, self.column].copy()
+        if measured is not None:
+            values = measured.z_scores(values)
+        if self.how in WEIGHTED_WAYS:  # a matrix product could round equal rows differently
+            total = values[:, 0] * self.weights[0]
+            for column in range(1, values.shape[1]):
+                total += values[:, column] * self.weights[column]
+            return total
+        return values.max(axis=1) if self.how == "max_z" else values.min(axis=1)
 
 
 def targets_used(how: str, *, target_names: Sequence[str], weights: Mapping[str, float] | None = None) -> list[str]:
@@ -99,3 +152,7 @@ def _check(how: str, names: list[str], weights: Mapping[str, float] | None) -> n
             f"weights={dict(weights)!r} cannot be used.", "finite weights of at least 0, not all 0", "correct the weights."
         )
     return values / values.sum()
+
+
+def _in_blocks(values: np.ndarray) -> Iterable[np.ndarray]:
+    return (values[start : start + BLOCK_ROWS] for start in range(0, len(values), BLOCK_ROWS))

@@ -54,22 +54,41 @@ class Budget:
 
 def limit_of(budget: Budget, pool: Pool, *, num_pool: int) -> int:
     """Return how many texts or tokens may be kept; refuse more than there are and less than one text."""
+    tokens = pool.num_tokens
+    num_tokens = None if tokens is None else int(tokens.sum())
+    smallest = 0 if tokens is None or not len(tokens) else int(tokens.min())
+    return limit_of_totals(budget, len(pool.text_ids), num_tokens=num_tokens, smallest=smallest, num_pool=num_pool)
+
+
+def limit_of_totals(
+    budget: Budget, num_candidates: int, *, num_tokens: int | None, smallest: int, num_pool: int, at_most: bool = False
+) -> int:
+    """Return the same for a pool of which only totals are known.
+
+    Args:
+        budget: What may be kept.
+        num_candidates: Texts that may be chosen.
+        num_tokens: Their tokens, or None where they are not known.
+        smallest: Tokens of the shortest of them.
+        num_pool: Texts of the pool, which a fraction is of.
+        at_most: Take a budget above what there is for all there is.
+    """
     kind, value = next(iter(budget.as_dict().items()))
-    num_candidates = len(pool.text_ids)
     if kind == "tokens":
-        if pool.num_tokens is None:
+        if num_tokens is None:
             raise InputError(
                 f"a budget of {value} tokens without token counts.",
                 "num_tokens, or a budget of texts or fraction",
                 "pass num_tokens=..., or Budget(texts=...).",
             )
-        limit, available = int(value), int(pool.num_tokens.sum())
-        smallest = int(pool.num_tokens.min()) if num_candidates else 0
+        limit, available = int(value), num_tokens
     else:
         # the addend keeps 0.29 * 100 = 28.999999999999996 from becoming 28
         limit = int(value) if kind == "texts" else math.floor(value * num_pool + 1e-9)
         available, smallest = num_candidates, 1
     unit = "tokens" if kind == "tokens" else "texts"
+    if at_most:
+        limit = min(limit, available)
     if limit > available:
         raise InputError(
             f"a budget of {limit} {unit} for {available} {unit} that may be chosen.",

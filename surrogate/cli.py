@@ -1,7 +1,8 @@
 """The command line: every stage of a run folder, the demo, and the table of methods.
 
 Each command prints one JSON object as its last line on stdout; progress and messages go to stderr. Exit codes:
-0 done, 1 refused (the JSON says what was given, what is accepted and what to do), 2 wrong usage.
+0 done, 1 refused (the JSON says what was given, what is accepted and what to do), 2 wrong usage, 3 done but for rows or files
+that were put aside.
 """
 
 from __future__ import annotations
@@ -15,6 +16,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from oracle.errors import InputError
+from surrogate.cli_options import (
+    LABEL_HELP,
+    EncoderOption,
+    MaxTokens,
+    MethodsOption,
+    ModelOption,
+    PoolOption,
+    Precision,
+    RunFolder,
+    SeedOption,
+    SurrogateOption,
+    TargetOption,
+    TextColumn,
+)
 
 if TYPE_CHECKING:
     from surrogate.oracle_stages import Measuring
@@ -25,35 +40,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Measure how much training texts help a language model, predict it for a whole pool, and select.",
 )
-
-LABEL_HELP = (
-    "option=value of the method (`surrogate methods NAME`), or of the labels: max_target_texts=64 measures on so many texts of "
-    "each target set, per=token divides by a text's tokens, halves=False, block_size=32 (repeatable)."
-)
-RunFolder = Annotated[Path, typer.Argument(help="Run folder; made when it does not exist.")]
-PoolOption = Annotated[
-    list[str] | None, typer.Option("--pool", help="File, glob or URL of the pool (repeatable), bundled corpus or hub name.")
-]
-TextColumn = Annotated[str, typer.Option(help="Column of the pool that holds plain text.")]
-EncoderOption = Annotated[
-    list[str] | None,
-    typer.Option("--encoder", help="NAME or NAME:option=value,... (repeatable); hashed_ngrams and text_stats by default."),
-]
-SurrogateOption = Annotated[
-    str | None, typer.Option("--surrogate", help="NAME or NAME:option=value,...; for score and select: which fitted one.")
-]
-TargetOption = Annotated[
-    list[str] | None, typer.Option("--target", help="NAME=FILE of a target set (repeatable); not where a method has none.")
-]
-ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Folder or hub name of the language model; not where a method needs none.")
-]
-MethodsOption = Annotated[
-    str, typer.Option("--methods", help="NAME or NAME:option=value,...; several with commas; see `surrogate methods`.")
-]
-MaxTokens = Annotated[int | None, typer.Option(help="Longer texts are cut; 512 or the model's context by default.")]
-Precision = Annotated[str, typer.Option(help="float32 or bfloat16.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of everything random in this stage.")]
 
 
 @app.command()
@@ -164,11 +150,37 @@ def fit(
 
 
 @app.command()
-def score(run: RunFolder, surrogate: SurrogateOption = None) -> None:
-    """Score the whole pool."""
-    from surrogate.stages import score_stage
+def score(
+    run: Annotated[Path | None, typer.Argument(help="Run folder, whose pool is scored; not needed with --predictor.")] = None,
+    surrogate: SurrogateOption = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option("--source", help="Score this corpus, file by file: folder, glob, file, URL or hub name (repeatable)."),
+    ] = None,
+    predictor: Annotated[Path | None, typer.Option(help="With --source: a predictor's folder, in place of the run's.")] = None,
+    output: Annotated[Path | None, typer.Option(help="With --source: where the scores go; RUN/corpus by default.")] = None,
+    engine: Annotated[str, typer.Option(help="With --source: local, or ray.")] = "local",
+    text_column: TextColumn = "text",
+    format: Annotated[str, typer.Option(help="With --source: text, completion, chat, tokens or auto.")] = "auto",
+    column: Annotated[list[str] | None, typer.Option("--column", help="With --source: a column to keep (repeatable).")] = None,
+    rank: Annotated[int, typer.Option(help="With --source: the number of this machine of an array.")] = 0,
+    world_size: Annotated[int, typer.Option(help="With --source: how many machines the array has.")] = 1,
+    option: Annotated[list[str] | None, typer.Option("--option", help="Of the engine, such as workers=8 (repeatable).")] = None,
+) -> None:
+    """Score the run's whole pool, or with --source any corpus; exit code 3 if rows or files were put aside."""
+    if not source:
+        from surrogate.stages import score_stage
 
-    finish(score_stage(run, surrogate))
+        finish(score_stage(_needed(run, predictor, output), surrogate))
+        return
+    from surrogate.scoring.command import score_corpus_stage
+
+    reading: dict[str, Any] = {"text_column": text_column, "format": format, "columns": column or []}
+    placing: dict[str, Any] = {"engine": engine, "options": option or [], "rank": rank, "world_size": world_size}
+    where: dict[str, Any] = {"predictor": predictor, "run": run, "surrogate": surrogate, "output": output}
+    summary = score_corpus_stage(source, **where, **reading, **placing)
+    finish(summary)
+    raise typer.Exit(summary["exit_code"])
 
 
 @app.command()
@@ -282,6 +294,16 @@ def plan(
     options = {"method": method, "prefer": prefer, "max_tokens": max_tokens, "measure": measure, "max_overhead": max_overhead}
     texts: dict[str, Any] = {"pool": pool, "text_column": text_column, "targets": target or []}
     finish(plan_stage(model=model, parameters=parameters, proxy=proxy, **texts, numbers=sizes, options=options))
+
+
+def _needed(run: Path | None, predictor: Path | None, output: Path | None) -> Path:
+    if run is None or predictor or output:
+        raise InputError(
+            "no --source" + (" and no run folder." if run is None else " beside --predictor or --output."),
+            "a run folder alone, or a corpus",
+            "name the run folder, or --source FILES with --predictor FOLDER --output FOLDER.",
+        )
+    return run
 
 
 def finish(result: dict[str, Any]) -> None:

@@ -197,9 +197,9 @@ def select(
     """
     if not isinstance(budget, Budget):
         raise InputTypeError(f"budget={budget!r} is not a Budget.", "a surrogate.Budget", "write Budget(fraction=0.2), say.")
-    rule_object = _make_rule(rule, options)
+    rule_object = make_rule(rule, options)
     pool, num_duplicates = read_pool(scores, text_ids=text_ids, num_tokens=num_tokens, target_names=target_names)
-    at_chance = _check_fidelity(rule_object, pool.target_names, fidelity, allow=allow_low_fidelity)
+    at_chance = check_fidelity(rule_object, pool.target_names, fidelity, allow=allow_low_fidelity)
     counts = {"pool": len(pool.text_ids), "duplicates": num_duplicates}
     num_unknown = 0
     if labels is not None:
@@ -211,7 +211,7 @@ def select(
     order = _checked_order(rule_object, pool, seed)
     ranks = np.arange(limit) if budget.tokens is None else fill(order, pool, limit)
     meta = {
-        "rule": _rule_name(rule_object),
+        "rule": rule_name(rule_object),
         "options": plugins.options_of(rule_object),
         "budget": budget.as_dict(),
         "seed": seed,
@@ -230,7 +230,7 @@ def _chosen(
     kept = order[ranks]
     how, weights = getattr(rule, "combine", "sum_z"), getattr(rule, "weights", None)
     combined = combine(pool.values, how, target_names=pool.target_names, weights=weights)
-    blind_reason = None if getattr(rule, "uses_scores", True) else _rule_name(rule)
+    blind_reason = None if getattr(rule, "uses_scores", True) else rule_name(rule)
     reasons = [blind_reason or ("label" if pool.is_label[row] else "score") for row in kept]
     chosen = pool.take(kept)
     return Selection(
@@ -257,7 +257,8 @@ def _count(pool: Pool, reasons: list[str]) -> dict[str, int]:
     }
 
 
-def _make_rule(rule: str | Rule, options: Mapping[str, Any]) -> Rule:
+def make_rule(rule: str | Rule, options: Mapping[str, Any]) -> Rule:
+    """Return the rule of that name, or the object as it is."""
     if isinstance(rule, str):
         return plugins.create(RULES, rule, dict(options))
     if not hasattr(rule, "order") or not is_dataclass(rule):
@@ -273,11 +274,12 @@ def _make_rule(rule: str | Rule, options: Mapping[str, Any]) -> Rule:
     return rule
 
 
-def _rule_name(rule: Rule) -> str:
+def rule_name(rule: Rule) -> str:
+    """Return the rule's plug-in name, or the name of its class."""
     return getattr(rule, "plugin_name", type(rule).__name__)
 
 
-def _check_fidelity(rule: Rule, target_names: list[str], fidelity: Fidelity | None, *, allow: bool) -> list[str]:
+def check_fidelity(rule: Rule, target_names: list[str], fidelity: Fidelity | None, *, allow: bool) -> list[str]:
     """Return the targets at chance that the rule looks at; refuse them unless `allow`."""
     used = list(target_names)
     if not getattr(rule, "uses_scores", True):
@@ -309,6 +311,6 @@ def _checked_order(rule: Rule, pool: Pool, seed: int) -> np.ndarray:
     order = np.asarray(rule.order(pool.values, target_names=pool.target_names, seed=seed))
     if order.shape != (num_texts,) or not np.array_equal(np.sort(order), np.arange(num_texts)):
         raise InputError(
-            f"rule {_rule_name(rule)!r} returned no order of the {num_texts} texts.", "each row number once", "correct the rule."
+            f"rule {rule_name(rule)!r} returned no order of the {num_texts} texts.", "each row number once", "correct the rule."
         )
     return order

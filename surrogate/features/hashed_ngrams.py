@@ -22,7 +22,7 @@ Left out: inverse document frequencies, which would tie the features to one pool
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
@@ -33,14 +33,15 @@ from oracle.artifacts import fingerprint
 from oracle.errors import InputError, InputTypeError
 from oracle.plugins import option, options_of
 from oracle.texts import plain_strings, text_format
+from surrogate.word_hashing import WORD, Words, texts_together
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 ALGORITHM_VERSION = 1  # raise it whenever the same text would get other features
-WORD = re.compile(r"\w+|[^\w\s]|\n|  +")  # words, single punctuation marks, line breaks, indentation
 RANGE = re.compile(r"([1-9])(?:-([1-9]))?")
 CACHED_WORDS = 2**16
+LEAST_HASH, MOST_HASH = -(2**31), 2**31 - 1
 
 
 @dataclass(kw_only=True)
@@ -50,7 +51,7 @@ class HashedNgrams:
     Paper:
         Weinberger et al. 2009, Feature Hashing for Large Scale Multitask Learning.
     Cost:
-        No model. About 5,000 texts of 1 kB a second on one core with words 1-2; a few times less with
+        No model. About 20,000 texts of 1 kB a second on one core with words 1-2; many times less with
         characters. Texts that are token ids already are hashed as they are.
     Limit:
         As `dim` grows, inner products tend to those of the damped n-gram counts themselves.
@@ -89,19 +90,20 @@ class HashedNgrams:
         Raises:
             InputError: The texts are token ids and `char_ngrams` is set.
         """
-        if len(texts) == 0:
-            return np.zeros((0, self.dim), dtype=np.float32)
-        words = self._split(texts)
-        groups: list[Iterable[Iterable[str]]] = []
-        for length in self._word_lengths():
-            groups.append([_join(row, length) for row in words])
-        char_lengths = tuple(self._char_lengths())
+        strings = self._strings(texts)
+        blocks = [self._encode(together) for together in texts_together(strings)]
+        return np.concatenate(blocks) if blocks else np.zeros((0, self.dim), dtype=np.float32)  # (N, D)
+
+    def _encode(self, strings: list[str]) -> np.ndarray:
+        word_lengths, char_lengths = self._word_lengths(), tuple(self._char_lengths())
+        num_groups = len(word_lengths) + bool(char_lengths)
+        widths = [self.dim // num_groups + (index < self.dim % num_groups) for index in range(num_groups)]
+        words = Words.of(strings)
+        blocks = [_count(words, length, width) for length, width in zip(word_lengths, widths, strict=False)]
         if char_lengths:
-            groups.append((gram for word in row for gram in _char_grams(word, char_lengths)) for row in words)
-        widths = [self.dim // len(groups) + (index < self.dim % len(groups)) for index in range(len(groups))]
-        blocks = [_hash(rows, width) for rows, width in zip(groups, widths, strict=True)]
-        features = np.concatenate(blocks, axis=1)  # (N, D)
-        return _unit_rows(features)
+            rows = ((gram for word in WORD.findall(string) for gram in _char_grams(word, char_lengths)) for string in strings)
+            blocks.append(_hash(rows, widths[-1]))
+        return _unit_rows(np.concatenate(blocks, axis=1))  # (n, D)
 
     def key(self) -> str:
         """Return a folder-safe name for the encoder and its options."""
@@ -121,16 +123,19 @@ class HashedNgrams:
     def _char_lengths(self) -> range:
         return _parse_range("char_ngrams", self.char_ngrams)
 
-    def _split(self, texts: Dataset) -> list[list[str]]:
+    def _strings(self, texts: Dataset) -> list[str]:
+        """Return lowered strings, whose words are hashed; those of token ids are their digits."""
+        if len(texts) == 0:
+            return []
         if text_format(texts) != "tokens":
-            return [WORD.findall(string.lower()) for string in plain_strings(texts)]
+            return [string.lower() for string in plain_strings(texts)]
         if self.char_ngrams:
             raise InputError(
                 f"char_ngrams={self.char_ngrams!r} with texts that are token ids.",
                 "texts as strings, or char_ngrams=''",
                 "set char_ngrams='', or decode the texts first.",
             )
-        return [[str(token) for token in row] for row in texts["input_ids"]]
+        return [" ".join(map(str, row)) for row in texts["input_ids"]]
 
 
 def _parse_range(name: str, value: str) -> range:
@@ -147,16 +152,26 @@ def _parse_range(name: str, value: str) -> range:
     return range(first, last + 1)
 
 
-def _join(words: Sequence[str], length: int) -> Iterable[str]:
-    if length == 1:
-        return words
-    return map(" ".join, zip(*(words[start:] for start in range(length)), strict=False))
-
-
 @lru_cache(maxsize=CACHED_WORDS)
 def _char_grams(word: str, lengths: tuple[int, ...]) -> tuple[str, ...]:
     padded = f" {word} "
     return tuple(padded[start : start + length] for length in lengths for start in range(len(padded) - length + 1))
+
+
+def _count(words: Words, length: int, width: int) -> np.ndarray:
+    """Return damped signed counts of word n-grams, what `_hash` returns for the same n-grams."""
+    hashes, texts = words.hashes(length)
+    num_texts = len(words.text_starts) - 1
+    sizes = np.abs(hashes).view(np.uint32)  # the least number stays as it is, and is treated below
+    columns = sizes - (sizes // np.uint32(width)) * np.uint32(width)  # faster than the remainder
+    columns[hashes == LEAST_HASH] = (MOST_HASH - (width - 1)) % width  # as FeatureHasher has it
+    places = texts * width + columns
+    signs = np.where(hashes >= 0, 1.0, -1.0)
+    counts = np.bincount(places, weights=signs, minlength=num_texts * width).astype(np.intp)
+    most = max(int(counts.max(initial=0)), -int(counts.min(initial=0)))
+    numbers = np.arange(-most, most + 1, dtype=np.float32)
+    damped = np.sign(numbers) * np.log1p(np.abs(numbers))  # by number, for there are few different ones
+    return _unit_rows(damped[counts + most].reshape(num_texts, width))
 
 
 def _hash(rows: Iterable[Iterable[str]], width: int) -> np.ndarray:

@@ -31,6 +31,15 @@ OTHER_RUNTIMES = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.msgpack", "*.ot"]
 READ_BYTES = 2**20
 
 
+@dataclass(frozen=True)
+class PreparedTexts:
+    """Texts as token ids, ready for the model: rows and inputs of each batch, how many texts, and the FLOPs they cost."""
+
+    batches: list[tuple[np.ndarray, dict[str, Any]]]
+    num_texts: int
+    flops: float
+
+
 @dataclass(kw_only=True)
 class Sentence:
     """Normalised sentence embeddings of a sentence-transformers model.
@@ -92,6 +101,41 @@ class Sentence:
         )
         return np.ascontiguousarray(embeddings, dtype=np.float32)  # (N, D)
 
+    def prepare(self, texts: Dataset) -> PreparedTexts:
+        """Tokenise texts, longest first; another thread may meanwhile encode those before.
+
+        Raises:
+            InputError: The model cannot be had, or takes fewer tokens than `max_tokens`.
+        """
+        module = self._load()
+        strings = plain_strings(texts)
+        order = np.argsort([-len(string) for string in strings], kind="stable")
+        prompt = module.prompts.get(module.default_prompt_name) if module.default_prompt_name else None
+        batches, num_tokens = [], 0
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            inputs = module.preprocess([strings[row] for row in rows], prompt=prompt)
+            num_tokens += int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else 0
+            batches.append((rows, inputs))
+        return PreparedTexts(batches, len(strings), 2.0 * self._num_parameters(module) * num_tokens)
+
+    def encode_prepared(self, prepared: PreparedTexts) -> np.ndarray:
+        """Embed what `prepare` made of texts; (N, D) float32, as `encode` returns them up to rounding."""
+        import torch
+        from sentence_transformers.util import batch_to_device
+
+        module = self._load()
+        module.eval()
+        rows, embeddings = [], []
+        with torch.inference_mode():
+            for places, inputs in prepared.batches:
+                embedding = module(batch_to_device(inputs, module.device))["sentence_embedding"][:, : module.truncate_dim]
+                embeddings.append(torch.nn.functional.normalize(embedding, p=2, dim=1).float())
+                rows.append(places)
+        features = np.empty((prepared.num_texts, embeddings[0].shape[1]), dtype=np.float32)
+        features[np.concatenate(rows)] = torch.cat(embeddings).cpu().numpy()  # one transfer for all batches
+        return features
+
     def key(self) -> str:
         """Return a folder-safe name for the encoder and its options; a local folder counts by its content."""
         options = {name: value for name, value in options_of(self).items() if name not in SPEED_OPTIONS}
@@ -105,17 +149,21 @@ class Sentence:
 
     def flops(self, texts: Dataset) -> float:
         """Return 2 FLOPs per token and parameter; embedding tables are looked up and do not count."""
-        import torch
-
         if len(texts) == 0:
             return 0.0
         module = self._load()
+        token_ids = module.tokenizer(plain_strings(texts), truncation=True, max_length=self.max_tokens)["input_ids"]
+        return 2.0 * self._num_parameters(module) * sum(len(row) for row in token_ids)
+
+    @staticmethod
+    def _num_parameters(module: Any) -> int:
+        """Count the parameters that are multiplied with."""
+        import torch
+
         tables = {
             id(parameter) for part in module.modules() if isinstance(part, torch.nn.Embedding) for parameter in part.parameters()
         }
-        num_parameters = sum(parameter.numel() for parameter in module.parameters() if id(parameter) not in tables)
-        token_ids = module.tokenizer(plain_strings(texts), truncation=True, max_length=self.max_tokens)["input_ids"]
-        return 2.0 * num_parameters * sum(len(row) for row in token_ids)
+        return sum(parameter.numel() for parameter in module.parameters() if id(parameter) not in tables)
 
     def _load(self) -> Any:
         if self._module is not None:

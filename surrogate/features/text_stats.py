@@ -32,6 +32,8 @@ ALGORITHM_VERSION = 1  # raise it whenever the same text would get other feature
 WORD = re.compile(r"\w+(?:['’]\w+)*")
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 MARKUP = re.compile(r"(https?://|www\.)|(</?[a-zA-Z][^<>\n]{0,80}>)|(\\[a-zA-Z]+)")
+MARKUP_SIGNS = ("<", "\\", "://", "www.")  # without one of them there is no markup
+WORD_BYTES = bytes(code if code < 128 and (chr(code).isalnum() or chr(code) in "_'") else ord(" ") for code in range(256))
 LINE_ENDS = tuple(".!?;:,)}]\"'”…")
 BULLETS = ("-", "*", "•", "+", "#", ">")
 LONG_WORD_CHARS = 8
@@ -61,6 +63,10 @@ CODE_WORDS = _words(
     self static str struct true typedef var void
     """
 )
+WORD_LISTS = {
+    word: tuple(number for number, listed in enumerate((STOP_WORDS, FIRST_SECOND_PERSON, CODE_WORDS)) if word in listed)
+    for word in STOP_WORDS | FIRST_SECOND_PERSON | CODE_WORDS
+}
 CHARACTER_CLASSES: dict[str, frozenset[str]] = {
     "newline": frozenset("\n"),
     "tab": frozenset("\t"),
@@ -86,7 +92,7 @@ class TextStats:
     Paper:
         Rae et al. 2021, Gopher (repetition and word filters), appendix A; the rest is common practice.
     Cost:
-        No model. Above 2,000 texts of 1 kB a second on one core.
+        No model. About 4,500 texts of 1 kB a second on one core.
     Limit:
         Texts that differ only in which words of one length they use get nearly the same features.
     """
@@ -129,29 +135,40 @@ class TextStats:
 
 def text_statistics(string: str) -> dict[str, float]:
     """Return all statistics of one text by name, always in the same order."""
-    words = WORD.findall(string)
+    words = _find_words(string)
+    characters, num_digits = _character_statistics(string)
     return {
-        **_character_statistics(string),
-        **_word_statistics(words),
+        **characters,
+        **_word_statistics(words, is_ascii=string.isascii()),
         **_line_statistics(string),
-        **_markup_statistics(string, words),
+        **_markup_statistics(string, words, num_digits),
     }
+
+
+def _find_words(string: str) -> list[str]:
+    """Return what `WORD` finds; plain text is cut at what stands between words, which is three times as fast."""
+    if not string.isascii():
+        return WORD.findall(string)
+    runs = string.encode().translate(WORD_BYTES).decode().split()
+    if "'" not in string:
+        return runs
+    return [word for run in runs for word in (WORD.findall(run) if "'" in run else (run,))]
 
 
 def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def _entropy_bits(counts: Counter[str]) -> float:
-    total = sum(counts.values())
-    return math.log2(total) - sum(count * math.log2(count) for count in counts.values()) / total if total else 0.0
+def _entropy_bits(counts: Sequence[int]) -> float:
+    total = sum(counts)
+    return math.log2(total) - sum([count * math.log2(count) for count in counts]) / total if total else 0.0
 
 
 def _mean_and_spread(values: Sequence[int]) -> tuple[float, float]:
     if not values:
         return 0.0, 0.0
     mean = sum(values) / len(values)
-    return mean, math.sqrt(max(0.0, sum(value * value for value in values) / len(values) - mean * mean))
+    return mean, math.sqrt(max(0.0, sum([value * value for value in values]) / len(values) - mean * mean))
 
 
 @lru_cache(maxsize=WIDE_CHARS)
@@ -171,47 +188,78 @@ def _classes_of(character: str) -> tuple[int, ...]:
     return tuple(index for index, belongs in enumerate(member) if belongs)
 
 
-def _character_statistics(string: str) -> dict[str, float]:
-    counts = Counter(string)
-    totals = [0] * len(CLASS_NAMES)
-    for character, count in counts.items():
-        for index in _classes_of(character):
-            totals[index] += count
+def _character_statistics(string: str) -> tuple[dict[str, float], int]:
+    """Return statistics of characters, and how many digits there are."""
     data = string.encode("utf-8", "surrogatepass")
+    counts, totals = _count_ascii(data) if string.isascii() else _count_characters(string)
     statistics = {"log_chars": math.log1p(len(string)), "bytes_per_char": _share(len(data), len(string))}
     statistics |= {f"share_{name}": _share(total, len(string)) for name, total in zip(CLASS_NAMES, totals, strict=True)}
     statistics["share_upper_of_letters"] = _share(totals[1], totals[0])
     statistics["char_entropy_bits"] = _entropy_bits(counts)
     statistics["zlib_ratio"] = _share(len(zlib.compress(data, 6)), len(data))
-    return statistics
+    return statistics, totals[CLASS_NAMES.index("digit")]
 
 
-def _word_statistics(words: list[str]) -> dict[str, float]:
+def _count_characters(string: str) -> tuple[list[int], list[int]]:
+    """Return the count of each different character, in the order in which they come, and of each class."""
+    counts = Counter(string)
+    totals = [0] * len(CLASS_NAMES)
+    for character, count in counts.items():
+        for index in _classes_of(character):
+            totals[index] += count
+    return list(counts.values()), totals
+
+
+def _count_ascii(data: bytes) -> tuple[list[int], list[int]]:
+    """Return what `_count_characters` returns, for bytes that are ASCII, in half the time."""
+    counts = np.bincount(np.frombuffer(data, dtype=np.uint8), minlength=128)
+    order = sorted(np.flatnonzero(counts).tolist(), key=data.index)
+    return counts[order].tolist(), (counts @ _ascii_classes()).tolist()
+
+
+@lru_cache(maxsize=1)
+def _ascii_classes() -> np.ndarray:
+    """Return which classes each ASCII character belongs to, (128, number of classes)."""
+    classes = np.zeros((128, len(CLASS_NAMES)), dtype=np.int64)
+    for code in range(128):
+        classes[code, list(_classes_of(chr(code)))] = 1
+    return classes
+
+
+def _word_statistics(words: list[str], *, is_ascii: bool) -> dict[str, float]:
     num_words = len(words)
-    lowered = [word.lower() for word in words]
+    lowered = " ".join(words).lower().split(" ") if is_ascii and words else [word.lower() for word in words]
     counts = Counter(lowered)
+    repeats = list(counts.values())
     lengths = list(map(len, words))
+    length_counts = Counter(lengths)
     mean_chars, std_chars = _mean_and_spread(lengths)
-    triples = list(zip(lowered, lowered[1:], lowered[2:], strict=False))
-    num_hapax = sum(count == 1 for count in counts.values())
+    num_triples = max(0, num_words - 2)
+    listed = [0, 0, 0]
+    for word in WORD_LISTS.keys() & counts.keys():
+        for number in WORD_LISTS[word]:
+            listed[number] += counts[word]
+    starts = "".join([word[0] for word in words])
     return {
         "log_words": math.log1p(num_words),
         "mean_word_chars": mean_chars,
         "std_word_chars": std_chars,
         "log_longest_word_chars": math.log1p(max(lengths, default=0)),
-        "share_long_words": _share(sum(length >= LONG_WORD_CHARS for length in lengths), num_words),
-        "share_one_char_words": _share(lengths.count(1), num_words),
+        "share_long_words": _share(sum(n for length, n in length_counts.items() if length >= LONG_WORD_CHARS), num_words),
+        "share_one_char_words": _share(length_counts[1], num_words),
         "type_token_ratio": _share(len(counts), num_words),
         "root_type_token_ratio": _share(len(counts), math.sqrt(num_words)),
-        "share_words_seen_once": _share(num_hapax, num_words),
-        "word_entropy_bits": _entropy_bits(counts),
-        "share_top_word": _share(max(counts.values(), default=0), num_words),
-        "share_repeated_word_triples": 1.0 - _share(len(set(triples)), len(triples)) if triples else 0.0,
-        "share_stop_words": _share(sum(counts[word] for word in STOP_WORDS & counts.keys()), num_words),
-        "share_first_second_person": _share(sum(counts[word] for word in FIRST_SECOND_PERSON & counts.keys()), num_words),
-        "share_code_words": _share(sum(counts[word] for word in CODE_WORDS & counts.keys()), num_words),
-        "share_capitalised_words": _share(sum(word[0].isupper() for word in words), num_words),
-        "share_number_words": _share(sum(word[0].isdigit() for word in words), num_words),
+        "share_words_seen_once": _share(repeats.count(1), num_words),
+        "word_entropy_bits": _entropy_bits(repeats),
+        "share_top_word": _share(max(repeats, default=0), num_words),
+        "share_repeated_word_triples": 1.0 - len(set(zip(lowered, lowered[1:], lowered[2:], strict=False))) / num_triples
+        if num_triples
+        else 0.0,
+        "share_stop_words": _share(listed[0], num_words),
+        "share_first_second_person": _share(listed[1], num_words),
+        "share_code_words": _share(listed[2], num_words),
+        "share_capitalised_words": _share(sum(map(str.isupper, starts)), num_words),
+        "share_number_words": _share(sum(map(str.isdigit, starts)), num_words),
     }
 
 
@@ -236,16 +284,16 @@ def _line_statistics(string: str) -> dict[str, float]:
     }
 
 
-def _markup_statistics(string: str, words: list[str]) -> dict[str, float]:
+def _markup_statistics(string: str, words: list[str], num_digits: int) -> dict[str, float]:
     marks = Counter(SENTENCE_END.findall(string))
     num_sentences = sum(marks.values())
-    matches = MARKUP.findall(string)
+    matches = MARKUP.findall(string) if any(sign in string for sign in MARKUP_SIGNS) else []
     num_words = len(words)
     return {
         "share_questions": _share(marks["?"], num_sentences),
         "share_exclamations": _share(marks["!"], num_sentences),
         "log_words_per_sentence": math.log1p(num_words / max(1, num_sentences)),
-        "digits_per_word": _share(sum(map(str.isdigit, string)), num_words),
+        "digits_per_word": _share(num_digits, num_words),
         "log_urls": math.log1p(sum(bool(url) for url, _, _ in matches)),
         "tags_per_word": _share(sum(bool(tag) for _, tag, _ in matches), num_words),
         "backslash_commands_per_word": _share(sum(bool(command) for _, _, command in matches), num_words),

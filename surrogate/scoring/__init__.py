@@ -1,0 +1,53 @@
+"""Scoring large corpora: one shard in, one score file out; engines for one machine and for many around the same worker.
+
+The names below are loaded on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surrogate.scoring.batch import ScoreBatch as ScoreBatch
+    from surrogate.scoring.batch import stream_scores as stream_scores
+    from surrogate.scoring.corpus import score_corpus as score_corpus
+    from surrogate.scoring.files import InputFile as InputFile
+    from surrogate.scoring.files import list_inputs as list_inputs
+    from surrogate.scoring.layout import ScoreOptions as ScoreOptions
+    from surrogate.scoring.lock import LockedError as LockedError
+    from surrogate.scoring.outputs import ShardReport as ShardReport
+    from surrogate.scoring.score_files import read_header as read_header
+    from surrogate.scoring.scored_corpus import ScoredCorpus as ScoredCorpus
+    from surrogate.scoring.shard import ScoreTask as ScoreTask
+    from surrogate.scoring.shard import Shard as Shard
+    from surrogate.scoring.shard import score_shard as score_shard
+
+_HOMES = {
+    "InputFile": "files",
+    "LockedError": "lock",
+    "ScoreBatch": "batch",
+    "ScoreOptions": "layout",
+    "ScoreTask": "shard",
+    "ScoredCorpus": "scored_corpus",
+    "Shard": "shard",
+    "ShardReport": "outputs",
+    "list_inputs": "files",
+    "read_header": "score_files",
+    "score_corpus": "corpus",
+    "score_shard": "shard",
+    "stream_scores": "batch",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'surrogate.scoring' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"surrogate.scoring.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

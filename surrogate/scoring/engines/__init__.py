@@ -1,0 +1,1 @@
+"""Engines: what runs `score_shard` over many shards; one file each."""
