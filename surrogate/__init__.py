@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from surrogate.distilling import distil as distil
     from surrogate.feature_cache import FeatureCache as FeatureCache
     from surrogate.models.network import InfluenceNetwork as InfluenceNetwork
     from surrogate.models.ridge import RidgeSurrogate as RidgeSurrogate
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "InfluencePredictor": "surrogate.predictor",
+    "distil": "surrogate.distilling",
     "InfluenceNetwork": "surrogate.models.network",
     "InfluenceTrees": "surrogate.models.trees",
     "RidgeSurrogate": "surrogate.models.ridge",

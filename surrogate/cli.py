@@ -171,7 +171,7 @@ def score(
     if not source:
         from surrogate.stages import score_stage
 
-        finish(score_stage(_needed(run, predictor, output), surrogate))
+        finish(score_stage(_needed(run, predictor, output, instead="--source FILES with --predictor and --output"), surrogate))
         return
     from surrogate.scoring.command import score_corpus_stage
 
@@ -185,7 +185,7 @@ def score(
 
 @app.command()
 def select(
-    run: RunFolder,
+    run: Annotated[Path | None, typer.Argument(help="Run folder with scores; not needed with --corpus.")] = None,
     fraction: Annotated[float | None, typer.Option(help="Budget: share of the pool's texts.")] = None,
     texts: Annotated[int | None, typer.Option(help="Budget: number of texts.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Budget: number of tokens.")] = None,
@@ -196,21 +196,70 @@ def select(
         bool, typer.Option("--allow-low-fidelity", help="Select by scores at chance all the same.")
     ] = False,
     seed: SeedOption = 0,
+    corpus: Annotated[Path | None, typer.Option(help="Select from what `surrogate score --source` wrote, of any size.")] = None,
+    output: Annotated[Path | None, typer.Option(help="With --corpus: where the selection goes.")] = None,
+    predictor: Annotated[Path | None, typer.Option(help="With --corpus: the predictor's folder, for its fidelity.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="With --corpus: labels; these texts are ranked by them.")] = None,
+    min_score: Annotated[float | None, typer.Option(help="With --corpus: only texts that score at least this.")] = None,
+    tokens_column: Annotated[str | None, typer.Option(help="With --corpus: column of the scores with token counts.")] = None,
+    max_similarity: Annotated[
+        float | None, typer.Option(help="With --corpus: drop texts of this cosine or more to a better one.")
+    ] = None,
+    write_texts: Annotated[bool, typer.Option("--write-texts", help="With --corpus: write the chosen rows too.")] = False,
 ) -> None:
-    """Spend a budget on the scored pool."""
-    from surrogate.stages import select_stage
+    """Spend a budget on the scored pool, or with --corpus on a scored corpus."""
+    budget: dict[str, float | int | None] = {"fraction": fraction, "texts": texts, "tokens": tokens}
+    choice: dict[str, Any] = {"rule": rule, "options": option or [], "allow_low_fidelity": allow_low_fidelity, "seed": seed}
+    if corpus is None:
+        from surrogate.stages import select_stage
 
-    finish(
-        select_stage(
-            run,
-            {"fraction": fraction, "texts": texts, "tokens": tokens},
-            rule=rule,
-            surrogate=surrogate,
-            options=option or [],
-            allow_low_fidelity=allow_low_fidelity,
-            seed=seed,
-        )
+        finish(select_stage(_needed(run, output, min_score, instead="--corpus FOLDER"), budget, surrogate=surrogate, **choice))
+        return
+    from surrogate.scoring.select_command import select_corpus_stage
+
+    more: dict[str, Any] = {
+        "predictor": predictor,
+        "labels": labels,
+        "min_score": min_score,
+        "tokens_column": tokens_column,
+        "max_similarity": max_similarity,
+    }
+    finish(select_corpus_stage(corpus, output, budget, texts=write_texts, **more, **choice))
+
+
+@app.command()
+def cascade(
+    first: Annotated[Path, typer.Argument(help="Folder of the cheap predictor.")],
+    full: Annotated[Path, typer.Argument(help="Folder of the full predictor.")],
+    labels: Annotated[Path, typer.Argument(help="Folder of the labels that both were fitted on.")],
+    source: Annotated[
+        list[str] | None, typer.Option("--source", help="Corpus to score; without it only recall is shown.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the scores go.")] = None,
+    share: Annotated[float | None, typer.Option(help="Share of the texts that the full predictor sees; 0.2 by default.")] = None,
+    top: Annotated[float, typer.Option(help="Share of the texts that will be selected at last.")] = 0.05,
+    min_recall: Annotated[float | None, typer.Option(help="Refuse to score where the recall is lower.")] = None,
+    text_column: TextColumn = "text",
+    engine: Annotated[str, typer.Option(help="local, or ray.")] = "local",
+    option: Annotated[list[str] | None, typer.Option("--option", help="Of the engine, such as workers=8 (repeatable).")] = None,
+) -> None:
+    """Score a corpus in two passes: a cheap predictor on all texts, the full one on the best share."""
+    from surrogate.scoring.cascade_command import cascade_stage
+
+    spending: dict[str, Any] = {"share": share, "top": top, "min_recall": min_recall}
+    result = cascade_stage(
+        first,
+        full,
+        labels,
+        source=source or [],
+        output=output,
+        text_column=text_column,
+        engine=engine,
+        options=option or [],
+        **spending,
     )
+    finish(result)
+    raise typer.Exit(result.get("exit_code", 0))
 
 
 @app.command()
@@ -296,12 +345,13 @@ def plan(
     finish(plan_stage(model=model, parameters=parameters, proxy=proxy, **texts, numbers=sizes, options=options))
 
 
-def _needed(run: Path | None, predictor: Path | None, output: Path | None) -> Path:
-    if run is None or predictor or output:
+def _needed(run: Path | None, *others: Any, instead: str) -> Path:
+    """Return the run folder, where no option of a corpus was given beside it."""
+    if run is None or any(other is not None for other in others):
         raise InputError(
-            "no --source" + (" and no run folder." if run is None else " beside --predictor or --output."),
+            "no run folder." if run is None else f"options of a corpus without {instead}.",
             "a run folder alone, or a corpus",
-            "name the run folder, or --source FILES with --predictor FOLDER --output FOLDER.",
+            f"name the run folder, or {instead}.",
         )
     return run
 

@@ -11,19 +11,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from surrogate.scoring.batch import ScoreBatch as ScoreBatch
     from surrogate.scoring.batch import stream_scores as stream_scores
+    from surrogate.scoring.cascade import score_cascade as score_cascade
+    from surrogate.scoring.cascade_recall import measure_recall as measure_recall
+    from surrogate.scoring.cascade_recall import recall_table as recall_table
     from surrogate.scoring.corpus import score_corpus as score_corpus
+    from surrogate.scoring.corpus_selection import CorpusSelection as CorpusSelection
     from surrogate.scoring.files import InputFile as InputFile
     from surrogate.scoring.files import list_inputs as list_inputs
     from surrogate.scoring.layout import ScoreOptions as ScoreOptions
     from surrogate.scoring.lock import LockedError as LockedError
+    from surrogate.scoring.near_duplicates import NearDuplicates as NearDuplicates
     from surrogate.scoring.outputs import ShardReport as ShardReport
     from surrogate.scoring.score_files import read_header as read_header
     from surrogate.scoring.scored_corpus import ScoredCorpus as ScoredCorpus
+    from surrogate.scoring.selecting import select_corpus as select_corpus
     from surrogate.scoring.shard import ScoreTask as ScoreTask
     from surrogate.scoring.shard import Shard as Shard
     from surrogate.scoring.shard import score_shard as score_shard
 
 _HOMES = {
+    "select_corpus": "selecting",
+    "recall_table": "cascade_recall",
+    "measure_recall": "cascade_recall",
+    "score_cascade": "cascade",
+    "NearDuplicates": "near_duplicates",
+    "CorpusSelection": "corpus_selection",
     "InputFile": "files",
     "LockedError": "lock",
     "ScoreBatch": "batch",

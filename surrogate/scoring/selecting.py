@@ -171,6 +171,12 @@ def _select_into(folder: Path, scored: CorpusLike, wanted: _Wanted, *, scratch: 
         labels=wanted.labels,
         exclude=wanted.exclude,
     )
+    if not pool.num_rows:
+        raise InputError(
+            f"no text may be chosen: {pool.num_pool} are scored, all of them excluded.",
+            "a corpus with texts that are not excluded",
+            "exclude less.",
+        )
     Combination.of(wanted.how, target_names=all_names, weights=wanted.weights)  # refuses weights beside a target's name
     way = Combination.of(wanted.how, target_names=names, weights=wanted.weights)
     ordered = _choose(pool, way, wanted, scratch)
