@@ -62,7 +62,11 @@ def main() -> None:
     complete = [method for method in methods if all(method in of for of in precision.values())]
     means = {method: statistics.mean(of[method] for of in precision.values()) for method in complete}
     rows = [
-        [method, *(f"{of[method]:.3f}" if method in of else "" for of in precision.values()), f"{means.get(method, np.nan):.3f}"]
+        [
+            method,
+            *(f"{of[method]:.3f}" if method in of else "" for of in precision.values()),
+            f"{means[method]:.3f}" if method in means else "",
+        ]
         for method in methods
     ]
     report(

@@ -61,7 +61,7 @@ class TargetExplanation:
         earlier: The part of the surrogates that a warm start went on from.
         raised: The texts that raised the score most, strongest first.
         lowered: The texts that lowered it most, strongest first.
-        others: Sum over all other labelled texts.
+        others: Sum over all other labelled texts, of which there are `num_others`.
         remainder: What the labelled texts do not account for.
         blocks: Sum over the columns of each encoder.
         features: The strongest named groups of columns, by size.
@@ -77,6 +77,7 @@ class TargetExplanation:
     raised: Sequence[LabelShare]
     lowered: Sequence[LabelShare]
     others: float
+    num_others: int
     remainder: float
     blocks: Mapping[str, float]
     features: Sequence[FeatureShare]
@@ -177,6 +178,7 @@ class _Account:
                         raised=raised,
                         lowered=lowered,
                         others=float(of_texts.sum() - listed),
+                        num_others=len(of_texts) - len(raised) - len(lowered),
                         remainder=float(remainder[text, column]),
                         blocks=blocks,
                         features=features,

@@ -16,20 +16,21 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from oracle import plugins
-from oracle.artifacts import atomic_folder, provenance, read_json, timed, write_json
+from oracle.artifacts import timed
 from oracle.comparison import noise_ceiling
-from oracle.errors import InputError, InputTypeError, MismatchError, MissingFileError, check_at_least
+from oracle.errors import InputError, InputTypeError, MismatchError, check_at_least
 from oracle.labels import Labels
 from oracle.texts import list_text_ids, plain_strings, read_texts, text_format
 from surrogate.amounts import CONTRIBUTIONS
 from surrogate.encoder_identity import ENCODERS as ENCODERS
-from surrogate.encoder_identity import as_options, check_checkpoint, check_same_features, load_encoders, save_encoders
+from surrogate.encoder_identity import check_checkpoint, check_same_features
 from surrogate.explanation import TextExplanation, explain
 from surrogate.feature_cache import Encoder, FeatureCache, encode_all
 from surrogate.fidelity import Fidelity, measure_fidelity
 from surrogate.fitted_rows import FittedRows, column_groups
 from surrogate.labelled_rows import LabelledRows, check_labels
 from surrogate.models import Surrogate
+from surrogate.predictor_folder import SURROGATES, read_predictor, write_predictor
 from surrogate.scores import Scores
 from surrogate.splits import near_duplicate_groups
 
@@ -38,10 +39,7 @@ if TYPE_CHECKING:
 
     from oracle.language_model import LanguageModel
 
-SURROGATES = "surrogate.models"
 ROWS_PER_BLOCK = 16_384  # texts whose features are in memory at the same time
-PREDICTOR_FILE = "predictor.json"
-HELD_OUT_FILE = "held_out.parquet"
 
 
 class InfluencePredictor:
@@ -221,27 +219,7 @@ class InfluencePredictor:
     def save(self, folder: str | Path) -> None:
         """Write the surrogate, the encoders, the fidelity and what explanations need to `folder` (safetensors, text, JSON)."""
         self._require_fitted()
-        with atomic_folder(Path(folder)) as partial:
-            if self.fitted_rows_ is not None:
-                self.fitted_rows_.save(partial)
-            self.surrogate_.save(partial / "surrogate")
-            self.held_out_.save(partial / HELD_OUT_FILE)
-            write_json(
-                partial / PREDICTOR_FILE,
-                {
-                    "encoders": save_encoders(self.encoders, partial),
-                    "surrogate": self.surrogate_name,
-                    "options": self.surrogate_options,
-                    "num_folds": self.num_folds,
-                    "seed": self.seed,
-                    "target_names": self.target_names_,
-                    "units": self.units_,
-                    "fitted_text_ids": self.fitted_text_ids_,
-                    "fidelity": self.fidelity_.as_dict(),
-                    "cost": self.cost_,
-                    "provenance": provenance(),
-                },
-            )
+        write_predictor(self, Path(folder))
 
     @classmethod
     def load(
@@ -258,24 +236,10 @@ class InfluencePredictor:
             MissingFileError: There is no predictor in `folder`.
             MismatchError: An encoder's weights are not those that the predictor was fitted with.
         """
-        folder = Path(folder)
-        if not (folder / PREDICTOR_FILE).exists():
-            raise MissingFileError(
-                f"there is no predictor in {folder}.",
-                "a folder that InfluencePredictor.save wrote",
-                "check the path, or fit first.",
-            )
-        stored = read_json(folder / PREDICTOR_FILE)
-        encoders = load_encoders(stored["encoders"], folder, lm=lm)
-        surrogate = plugins.load(SURROGATES, stored["surrogate"])
-        predictor = cls(
-            encoders, surrogate(**as_options(stored["options"])), cache=cache, num_folds=stored["num_folds"], seed=stored["seed"]
-        )
-        predictor.surrogate_ = surrogate.load(folder / "surrogate")  # type: ignore[attr-defined]
-        predictor.held_out_ = Scores.load(folder / HELD_OUT_FILE)
-        predictor.target_names_, predictor.units_ = stored["target_names"], stored["units"]
-        predictor.fitted_text_ids_, predictor.fitted_rows_ = stored["fitted_text_ids"], FittedRows.load(folder)
-        predictor.fidelity_, predictor.cost_ = Fidelity.from_dict(stored["fidelity"]), stored["cost"]
+        options, learned = read_predictor(Path(folder), lm=lm)
+        predictor = cls(**options, cache=cache)
+        for name, value in learned.items():
+            setattr(predictor, name, value)
         return predictor
 
     def _surrogate_to_start_from(self, earlier: InfluencePredictor, judged: Labels) -> Surrogate:

@@ -24,50 +24,61 @@ from surrogate.attribution.leaf_contributions import LeafContributions
 
 if TYPE_CHECKING:
     from surrogate.continuation import Continuation
+    from surrogate.models import TrainingData
 
 METHODS: dict[str, type[LeafAttribution]] = {CONTRIBUTIONS: LeafContributions, "boostin": BoostIn}
+
+
+@dataclass(frozen=True)
+class BoosterTable:
+    """A booster of a surrogate with the S rows that it was trained on, in the order of training, as LightGBM took them.
+
+    Shapes: features (S, D); targets (S,) on the fitted scale, less the part of earlier surrogates; weights (S,) or None;
+    rows (S,) where each stood among the rows that were given.
+    """
+
+    booster: lgb.Booster
+    features: NDArray[np.float32]
+    targets: NDArray[np.float64]
+    weights: NDArray[np.float64] | None
+    rows: NDArray[np.int64]
+
+    @classmethod
+    def of(
+        cls, booster: lgb.Booster, parameters: dict[str, Any], data: TrainingData, targets: NDArray[np.float64]
+    ) -> BoosterTable:
+        """Take a booster that was trained with `parameters` for targets (S,)."""
+        read = lgb.Booster(model_str=booster.model_to_string())
+        read.params = dict(parameters)  # all the digits, which the text cuts off
+        weights = None if data.weights is None else _as_lightgbm_stores(data.weights)
+        return cls(read, data.features, _as_lightgbm_stores(targets), weights, data.rows)
 
 
 @dataclass(frozen=True)
 class TreeAmounts:
     """Per target a booster and its fitted attribution."""
 
-    boosters: Sequence[lgb.Booster]
     attributions: Sequence[LeafAttribution]
     earlier: Continuation | None
     num_threads: int
 
     @classmethod
-    def of(
-        cls,
-        boosters: Sequence[lgb.Booster],
-        parameters: dict[str, Any],
-        features: NDArray[np.float32],
-        *,
-        targets: NDArray[np.float64],
-        sample_weight: NDArray[np.float64] | None,
-        earlier: Continuation | None,
-        method: str,
-    ) -> TreeAmounts:
-        """Prove the boosters against the rows (S, D) with targets (S, C) that they were trained on.
+    def of(cls, tables: Sequence[BoosterTable], earlier: Continuation | None, *, method: str, num_threads: int) -> TreeAmounts:
+        """Prove the boosters against the rows that they were trained on.
 
         Raises:
             InputError: These are not the rows.
         """
-        attributions = []
-        weights = None if sample_weight is None else _as_lightgbm_stores(sample_weight)
-        for booster, column in zip(boosters, targets.T, strict=True):
-            read = lgb.Booster(model_str=booster.model_to_string())
-            read.params = dict(parameters)  # all the digits, which the text cuts off
-            attributions.append(METHODS[method](read).fit(features, _as_lightgbm_stores(column), sample_weight=weights))
-        return cls(boosters, attributions, earlier, parameters["num_threads"])
+        fitted = [METHODS[method](table.booster).fit(table.features, table.targets, table.weights) for table in tables]
+        return cls(fitted, earlier, num_threads)
 
     def amounts(self, features: NDArray[np.float32]) -> Amounts:
         """Account for the scores of features (B, D)."""
-        offset, earlier = earlier_part(self.earlier, features, num_targets=len(self.boosters))
-        own = np.stack([booster.predict(features, num_threads=self.num_threads) for booster in self.boosters], axis=1)
+        offset, earlier = earlier_part(self.earlier, features, num_targets=len(self.attributions))
+        boosters = [attribution.model for attribution in self.attributions]
+        own = np.stack([booster.predict(features, num_threads=self.num_threads) for booster in boosters], axis=1)
         columns = np.stack(
-            [booster.predict(features, pred_contrib=True, num_threads=self.num_threads) for booster in self.boosters]
+            [booster.predict(features, pred_contrib=True, num_threads=self.num_threads) for booster in boosters]
         )  # (C, B, D + 1)
         init_scores = np.array([attribution.rows_.ensemble.init_scores[0] for attribution in self.attributions])
         return Amounts(

@@ -5,6 +5,8 @@ block's number, and keeps a row where the generator's next number is below the b
 from the parameters, the number of rows and, with fractions per class, the labels. The leaf counts that the model
 stores prove them, and with them that the rows are in the order of training.
 
+A bag that happens to hold every row is the last one that LightGBM draws: it keeps it for all later rounds.
+
 A round in which no tree finds a split is dropped by LightGBM, but the bag that was drawn for it is gone. So bags that
 do not give the stored leaf counts are passed over, up to as many as rounds can have been dropped.
 """
@@ -38,11 +40,12 @@ def bags(text: ModelText, y: Array, leaves: NDArray[np.int32]) -> Iterator[NDArr
     if threshold is None:
         yield from [None] * num_rounds
         return
+    period, seed = int(text.number("bagging_freq")), int(text.number("bagging_seed"))
     most_dropped = max(0, int(text.number("num_iterations")) - num_rounds)
     lag = int(all(tree.is_constant for tree in text.trees[:num_outputs]))  # such a first round is kept but not counted
-    masks, mask = _masks(threshold, int(text.number("bagging_seed")), len(y)), np.ones(len(y), dtype=bool)
+    masks, mask = _masks(threshold, seed, len(y)), np.ones(len(y), dtype=bool)
     for number in range(num_rounds):
-        if number < lag or (number - lag) % int(text.number("bagging_freq")) == 0:
+        if number < lag or (number - lag) % period == 0:
             trees = range(number * num_outputs, (number + 1) * num_outputs)
             mask = expected = next(masks)
             while not _grew(mask, text, leaves, trees):
@@ -63,7 +66,10 @@ def _masks(threshold: Array, seed: int, num_rows: int) -> Iterator[NDArray[np.bo
         draws = ((states >> np.uint32(16)) & np.uint32(0x7FFF)).ravel()[:num_rows] / NUM_VALUES
         state = states[:, -1]
         state[-1] = states[-1, (num_rows - 1) % ROWS_PER_GENERATOR]  # the last block may not be full
-        yield draws < threshold
+        mask = draws < threshold
+        yield mask
+        while mask.all():
+            yield mask
 
 
 def _grew(mask: NDArray[np.bool_], text: ModelText, leaves: NDArray[np.int32], trees: range) -> bool:

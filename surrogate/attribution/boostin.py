@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +12,7 @@ from oracle.errors import check_choice
 from surrogate.attribution.contract import LeafAttribution, TestRows
 from surrogate.attribution.leaf_join import LeafJoin
 from surrogate.attribution.objectives import Array
+from surrogate.attribution.training_rows import Round
 
 WEIGHTINGS = ("none", "count", "squared_count")
 NEWTON_STEPS = ("shrunk", "full")
@@ -46,7 +48,6 @@ class BoostIn(LeafAttribution):
     weighting: str = field(default="none", kw_only=True)
     newton_step: str = field(default="shrunk", kw_only=True)
     _join: LeafJoin = field(init=False, repr=False)
-    _self_influence: Array = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_choice("weighting", self.weighting, WEIGHTINGS)
@@ -55,22 +56,30 @@ class BoostIn(LeafAttribution):
     def self_influence(self) -> Array:
         """Return the influence (n_train,) of each training row on its own, unweighted loss."""
         self._require_fitted()
-        return self._self_influence.copy()
+        rows, influence = self.rows_, np.zeros(self.rows_.num_rows)
+        own = np.empty((0, 0))
+        for this, output, pull in self._pulls():
+            if output == 0:
+                own = this.gradients if this.weights is None else rows.ensemble.objective.gradients(this.scores, rows.y)[0]
+            influence += own[:, output] * pull
+        return influence
 
     def _prepare(self) -> None:
-        rows, ensemble = self.rows_, self.rows_.ensemble
-        pulls = np.empty(rows.leaves.shape, order="F")  # (n, C)
-        self._self_influence = np.zeros(rows.num_rows)
+        self._join = LeafJoin.of(self.rows_.leaves, (pull for _, _, pull in self._pulls()), self.rows_.ensemble.leaf_offsets)
+
+    def _pulls(self) -> Iterator[tuple[Round, int, Array]]:
+        """Yield per tree its round, its output, and the pull (n,) of each row on its leaf."""
+        rows, num_outputs = self.rows_, self.rows_.ensemble.num_outputs
         for this in rows.rounds():
-            own = this.gradients if this.weights is None else ensemble.objective.gradients(this.scores, rows.y)[0]
-            for output in range(ensemble.num_outputs):
-                tree = this.number * ensemble.num_outputs + output
+            for output in range(num_outputs):
+                tree = this.number * num_outputs + output
                 of_gradient, of_hessian = self._factors(tree, self.statistics_.learning_rates[this.number])
                 leaves = rows.leaves[:, tree]
-                pull = of_gradient[leaves] * this.gradients[:, output] + of_hessian[leaves] * this.hessians[:, output]
-                pulls[:, tree] = pull
-                self._self_influence += own[:, output] * pull
-        self._join = LeafJoin.of(rows.leaves, pulls, ensemble.leaf_offsets)
+                yield (
+                    this,
+                    output,
+                    of_gradient[leaves] * this.gradients[:, output] + of_hessian[leaves] * this.hessians[:, output],
+                )
 
     def _influence(self, test: TestRows) -> Array:
         return self._join.sums(test.leaves, test.sensitivity_by_tree())

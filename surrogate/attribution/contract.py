@@ -117,7 +117,7 @@ class LeafAttribution:
         """
         ensemble = TreeEnsemble.read(self.model, objective=self.objective)
         self.rows_ = TrainingRows.read(ensemble, X_train, y_train, sample_weight=sample_weight, init_score=init_score)
-        self.statistics_ = check_leaf_values(self.rows_)
+        self.statistics_ = check_leaf_values(self.rows_, X_train)
         self._prepare()
         return self
 
@@ -156,7 +156,8 @@ class LeafAttribution:
         if top_k is None:
             num_test = as_rows(X_test, self._num_features).shape[0]
             result = np.empty((num_test, num_train)).T  # columns are contiguous; no memory is touched yet
-            for columns, test in self._blocks(X_test, y_test, of=of, init_score=init_score, bytes_per_row=0):
+            beside = 0 if num_test <= self._rows_per_block(0) else 8 * num_train  # a single block is itself the result
+            for columns, test in self._blocks(X_test, y_test, of=of, init_score=init_score, bytes_per_row=beside):
                 influence = self._influence(test)
                 if influence.shape[1] == num_test:
                     return influence

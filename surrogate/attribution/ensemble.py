@@ -27,7 +27,7 @@ from surrogate.attribution.model_text import ModelText
 from surrogate.attribution.objective_reading import ObjectiveFunction, SquareRoot, read_objective
 from surrogate.attribution.objectives import Array, Objective
 
-CELLS_PER_CALL = 4_000_000  # leaf numbers that one call of pred_leaf returns
+CELLS_PER_CALL = 1_000_000  # leaf numbers that one call of pred_leaf returns
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,13 @@ def booster_of(model: Any) -> tuple[lgb.Booster, dict[str, Any]]:
         if not Path(model).is_file():
             raise MissingFileError(f"there is no file {model}.", "a model that LightGBM saved", "check the path.")
         return lgb.Booster(model_file=str(model)), {}
-    hint = "pass one of its `boosters_`, one per target" if hasattr(model, "boosters_") else "pass one of these"
+    hint = "pass one of these"
+    if hasattr(model, "booster_tables"):
+        hint = "call its booster_tables(X, y), which has each target's booster with the rows and targets that it was trained on"
+    elif hasattr(model, "best_estimator_"):
+        hint = "pass its best_estimator_"
+    elif hasattr(model, "named_steps"):
+        hint = "pass its last step, and features as they come out of the steps before"
     raise InputTypeError(
         f"a {type(model).__name__} was given as the model.",
         "a fitted LGBMRegressor or LGBMClassifier, a lightgbm.Booster, or the path of a saved model",

@@ -78,7 +78,7 @@ def label_suspects(
     """
     ensemble = TreeEnsemble.read(model, objective=objective)
     rows = TrainingRows.read(ensemble, X_train, y_train, sample_weight=sample_weight, init_score=init_score)
-    losses = losses_without_own_part(rows, check_leaf_values(rows))
+    losses = losses_without_own_part(rows, check_leaf_values(rows, X_train))
     training_losses = rows.ensemble.objective.loss(rows.ensemble.final_scores(rows.leaves, rows.init_score), rows.y)
     return LabelSuspects(np.argsort(-losses, kind="stable"), losses, training_losses)
 

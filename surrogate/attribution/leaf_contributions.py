@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,18 +39,21 @@ class LeafContributions(LeafAttribution):
     _join: LeafJoin = field(init=False, repr=False)
 
     def _prepare(self) -> None:
+        self._join = LeafJoin.of(self.rows_.leaves, self._shares(), self.rows_.ensemble.leaf_offsets)
+
+    def _shares(self) -> Iterator[Array]:
+        """Yield per tree what each row (n,) took from its leaf's value."""
         rows, ensemble, statistics = self.rows_, self.rows_.ensemble, self.statistics_
-        shares = np.zeros(rows.leaves.shape, order="F")  # (n, C)
         for this in rows.rounds():
             for output in range(ensemble.num_outputs):
                 tree = this.number * ensemble.num_outputs + output
                 if ensemble.text.trees[tree].is_constant:
+                    yield np.zeros(rows.num_rows)
                     continue
                 leaves, gradients = rows.leaves[:, tree], this.gradients[:, output]
                 totals = leaf_totals(leaves, gradients, len(ensemble.leaf_values[tree]))
                 factor = _shares_of_leaves(totals, statistics.denominators[tree], reg_alpha=ensemble.reg_alpha)
-                shares[:, tree] = statistics.learning_rates[this.number] * factor[leaves] * gradients
-        self._join = LeafJoin.of(rows.leaves, shares, ensemble.leaf_offsets)
+                yield statistics.learning_rates[this.number] * factor[leaves] * gradients
 
     def _influence(self, test: TestRows) -> Array:
         return self._join.sums(test.leaves, test.sensitivity_by_tree())

@@ -94,16 +94,13 @@ class LeafInfluence(LeafAttribution):
                 response[:, output] = first * of_gradient[:, output] + second * of_hessian[:, output]
             yield pull, response
 
-    def _own_pulls(self) -> Array:
-        """Return (n, C) how far minus a row's own leaf moves with its weight, its own score's move so far included."""
-        pulls = np.empty(self.rows_.leaves.shape, order="F")
-        num_outputs = self.rows_.ensemble.num_outputs
-        moved = np.zeros((self.rows_.num_rows, num_outputs))  # minus the row's own score
-        for number, (pull, response) in enumerate(self._terms()):
+    def _own_pulls(self) -> Iterator[Array]:
+        """Yield per tree how far minus a row's own leaf (n,) moves with its weight, its own score's move so far included."""
+        moved = np.zeros((self.rows_.num_rows, self.rows_.ensemble.num_outputs))  # minus the row's own score
+        for pull, response in self._terms():
             own = pull - response * moved
-            pulls[:, number * num_outputs : (number + 1) * num_outputs] = own
+            yield from own.T
             moved += own
-        return pulls
 
     def _sweep(self, leaves: NDArray[np.int32], sensitivity: Array) -> Array:
         """Return the influence (n, B) of all training rows, by one sweep backward over the trees of each output."""

@@ -18,6 +18,7 @@ Shapes: n training rows, B test rows, C trees, L leaves in all.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -28,7 +29,7 @@ from scipy.sparse import csc_array
 from surrogate.attribution.objectives import Array
 
 ROWS_PER_CHUNK = 16_384  # 128 KiB of sums
-DENSE_SHARE = 0.25  # of a chunk's rows in one leaf, from which on a matrix product is faster than lists
+DENSE_SHARE = 0.2  # of a chunk's rows in one leaf, from which on a matrix product is as fast as lists
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,24 @@ class LeafJoin:
     chunks: list[_Chunk]
 
     @classmethod
-    def of(cls, leaves: NDArray[np.int32], values: Array, leaf_offsets: NDArray[np.int64]) -> LeafJoin:
-        """Lay out values (n, C) of rows in leaves (n, C); `leaf_offsets` (C + 1,) is where each tree's leaves start."""
+    def of(cls, leaves: NDArray[np.int32], values: Iterable[Array], leaf_offsets: NDArray[np.int64]) -> LeafJoin:
+        """Lay out values of rows in leaves (n, C).
+
+        Args:
+            leaves: (n, C).
+            values: Per tree (n,); taken one after the other, so that they need not be in memory together.
+            leaf_offsets: (C + 1,) where each tree's leaves start.
+        """
         num_chunks = max(1, -(-len(leaves) // ROWS_PER_CHUNK))
-        bounds = np.linspace(0, len(leaves), num_chunks + 1).astype(int)
-        return cls([_Chunk.of(leaves[start:stop], values[start:stop], leaf_offsets) for start, stop in pairwise(bounds)])
+        ends = np.linspace(0, len(leaves), num_chunks + 1).astype(int)
+        places = [slice(start, stop) for start, stop in pairwise(ends)]
+        orders = [_rows_by_leaf(leaves[place], leaf_offsets) for place in places]
+        listed = [np.empty(rows.shape) for rows, _ in orders]
+        for tree, column in enumerate(values):
+            for place, (rows, _), of_chunk in zip(places, orders, listed, strict=True):
+                of_chunk[tree] = column[place][rows[tree]]
+        chunks = zip(orders, listed, strict=True)
+        return cls([_Chunk.of(rows, of_chunk, bounds, leaf_offsets) for (rows, bounds), of_chunk in chunks])
 
     def sums(self, leaves: NDArray[np.int32], values: Array) -> Array:
         """Return the sums (n, B) for test rows with values (B, C) in leaves (B, C); columns are contiguous."""
@@ -80,27 +94,17 @@ class _Chunk:
         return self.dense_values.shape[1]
 
     @classmethod
-    def of(cls, leaves: NDArray[np.int32], values: Array, leaf_offsets: NDArray[np.int64]) -> _Chunk:
-        num_rows, num_trees = leaves.shape
-        kind = np.int32 if leaves.size < np.iinfo(np.int32).max else np.int64
-        rows, listed = np.empty((num_trees, num_rows), kind), np.empty((num_trees, num_rows))
-        counts = []
-        for tree in range(num_trees):
-            column = leaves[:, tree]
-            num_leaves = int(leaf_offsets[tree + 1] - leaf_offsets[tree])
-            short = column.astype(np.uint16) if num_leaves <= np.iinfo(np.uint16).max else column  # a radix sort in numpy
-            rows[tree] = np.argsort(short, kind="stable")
-            listed[tree] = values[rows[tree], tree]
-            counts.append(np.bincount(column, minlength=num_leaves))
-        sizes = np.concatenate(counts)
-        dense = np.flatnonzero(sizes > DENSE_SHARE * num_rows)
-        trees = np.searchsorted(leaf_offsets, dense, side="right") - 1
+    def of(cls, rows: NDArray, values: Array, bounds: NDArray, leaf_offsets: NDArray[np.int64]) -> _Chunk:
+        """Take lists of rows and their values (C, n), leaf by leaf, with the leaves' bounds (L + 1,)."""
+        num_rows = rows.shape[1]
+        rows, values = rows.ravel(), values.ravel()
+        dense = np.flatnonzero(np.diff(bounds) > DENSE_SHARE * num_rows)
         dense_values = np.zeros((len(dense), num_rows))
-        for place, (leaf, tree) in enumerate(zip(dense, trees, strict=True)):
-            held = leaves[:, tree] == leaf - leaf_offsets[tree]
-            dense_values[place, held] = values[held, tree]
-        bounds = np.concatenate([[0], np.cumsum(sizes)]).astype(kind)
-        return cls(rows.ravel(), listed.ravel(), bounds, dense, trees, dense_values, leaf_offsets)
+        for place, leaf in enumerate(dense):
+            of_leaf = slice(bounds[leaf], bounds[leaf + 1])
+            dense_values[place, rows[of_leaf]] = values[of_leaf]
+        trees = np.searchsorted(leaf_offsets, dense, side="right") - 1
+        return cls(rows, values, bounds, dense, trees, dense_values, leaf_offsets)
 
     def sums(self, leaves: NDArray[np.int32], values: Array) -> Array:
         """Return the sums (B, n)."""
@@ -120,3 +124,18 @@ class _Chunk:
             lists.indptr = bounds[row]
             sums[row] += lists @ factors[row]
         return sums
+
+
+def _rows_by_leaf(leaves: NDArray[np.int32], leaf_offsets: NDArray[np.int64]) -> tuple[NDArray, NDArray]:
+    """Return per tree the rows leaf by leaf, (C, n), and the bounds (L + 1,) of all leaves' lists, one after the other."""
+    num_rows, num_trees = leaves.shape
+    kind = np.int32 if leaves.size < np.iinfo(np.int32).max else np.int64
+    rows, counts = np.empty((num_trees, num_rows), kind), []
+    for tree in range(num_trees):
+        num_leaves = int(leaf_offsets[tree + 1] - leaf_offsets[tree])
+        column = leaves[:, tree]
+        if num_leaves <= np.iinfo(np.uint16).max:
+            column = column.astype(np.uint8 if num_leaves <= np.iinfo(np.uint8).max else np.uint16)  # numpy sorts by radix
+        rows[tree] = np.argsort(column, kind="stable")
+        counts.append(np.bincount(column, minlength=num_leaves))
+    return rows, np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,28 +41,24 @@ class LeafSimilarity(LeafAttribution):
         self._require_fitted()
         rows = self.rows_
         similarity = np.zeros(rows.num_rows)
-        for this in rows.rounds():
-            for output in range(rows.ensemble.num_outputs):
-                similarity += self._shares(this.number * rows.ensemble.num_outputs + output, this.in_bag)
+        for share in self._shares():
+            similarity += share
         if rows.ensemble.objective.is_classification:
             return similarity
         prediction = rows.ensemble.objective.predict(rows.ensemble.final_scores(rows.leaves, rows.init_score))
         return np.where(_same_side(rows.y, prediction, rows.y), similarity, -similarity)
 
     def _prepare(self) -> None:
-        rows, num_outputs = self.rows_, self.rows_.ensemble.num_outputs
-        shares = np.empty(rows.leaves.shape, order="F")  # (n, C)
-        for this in rows.rounds():
-            for output in range(num_outputs):
-                tree = this.number * num_outputs + output
-                shares[:, tree] = self._shares(tree, this.in_bag)
-        self._join = LeafJoin.of(rows.leaves, shares, rows.ensemble.leaf_offsets)
+        self._join = LeafJoin.of(self.rows_.leaves, self._shares(), self.rows_.ensemble.leaf_offsets)
 
-    def _shares(self, tree: int, in_bag: NDArray[np.bool_] | None) -> Array:
-        """Return 1 / count^2 (n,) of each row's leaf, 0 for rows outside the bag."""
-        share = 1.0 / np.square(np.maximum(self.statistics_.counts[tree], 1).astype(np.float64))
-        of_rows = share[self.rows_.leaves[:, tree]]
-        return of_rows if in_bag is None else of_rows * in_bag
+    def _shares(self) -> Iterator[Array]:
+        """Yield per tree 1 / count^2 (n,) of each row's leaf, 0 for rows outside the bag."""
+        rows, num_outputs = self.rows_, self.rows_.ensemble.num_outputs
+        for number, in_bag in enumerate(rows.in_bags()):
+            for tree in range(number * num_outputs, (number + 1) * num_outputs):
+                share = 1.0 / np.square(np.maximum(self.statistics_.counts[tree], 1).astype(np.float64))
+                of_rows = share[rows.leaves[:, tree]]
+                yield of_rows if in_bag is None else of_rows * in_bag
 
     def _influence(self, test: TestRows) -> Array:
         similarity = self._join.sums(test.leaves, np.ones(test.leaves.shape))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,11 @@ class TreeText:
     def is_constant(self) -> bool:
         """Whether the tree has no split."""
         return len(self.leaf_values) == 1
+
+    @property
+    def has_categorical_splits(self) -> bool:
+        """Whether a leaf lies right below a categorical split."""
+        return bool((self.categorical_parents != NO_SPLIT).any())
 
 
 @dataclass(frozen=True)
@@ -90,13 +96,22 @@ class ModelText:
 
     def sharpened(self, printed: float) -> float:
         """Return the known number that prints as `printed`, or `printed` itself where none or several do."""
-        candidates = {number for number in self.known_numbers if float(f"{number:.{PRINTED_DIGITS}g}") == printed}
-        return candidates.pop() if len(candidates) == 1 else printed
+        candidates = self._known_by_print.get(printed, set())
+        return next(iter(candidates)) if len(candidates) == 1 else printed
+
+    @cached_property
+    def _known_by_print(self) -> dict[float, set[float]]:
+        """The known numbers that print alike."""
+        found: dict[float, set[float]] = {}
+        for number in self.known_numbers:
+            found.setdefault(float(f"{number:.{PRINTED_DIGITS}g}"), set()).add(number)
+        return found
 
 
 def is_cut_off(number: float) -> bool:
-    """Whether a printed number may have had more digits than were printed."""
-    return len(f"{number:.{PRINTED_DIGITS}e}".partition("e")[0].rstrip("0").replace(".", "").lstrip("-")) >= PRINTED_DIGITS
+    """Whether a number fills all printed digits and has no further ones: it may have had more before it was printed."""
+    digits = f"{number:.{PRINTED_DIGITS - 1}e}"
+    return float(digits) == number and len(digits.partition("e")[0].rstrip("0").lstrip("-")) > PRINTED_DIGITS
 
 
 def _pairs(block: str) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Which objective a model was trained with: read from its text, or a function given by the user.
 
-Refused are objectives whose leaf values are not Newton steps of the rows' gradients, and rankings, where a row's
-gradient depends on its query.
+Refused are objectives whose leaf values are not Newton steps of the rows' gradients, which `LeaveOneOut` takes, and those
+where a row's gradient does not follow from its own score, label and weight (rankings, cross_entropy_lambda).
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ SUPPORTED = (
     "multiclass",
     "multiclassova",
 )
-REASONS_TO_REFUSE = {
+RETRAINED_ONLY = {
     "regression_l1": "its leaves hold medians of residuals, not Newton steps of gradients",
     "quantile": "its leaves hold quantiles of residuals, not Newton steps of gradients",
     "mape": "its leaves hold weighted medians of residuals, not Newton steps of gradients",
+}
+NOT_AT_ALL = {
     "lambdarank": "a row's gradient depends on the other rows of its query",
     "rank_xendcg": "a row's gradient depends on the other rows of its query",
     "cross_entropy_lambda": "its weights change the link between score and target",
@@ -111,10 +113,12 @@ def read_objective(text: ModelText, function: ObjectiveFunction | None) -> Objec
             "leave `objective` out.",
         )
     if name not in SUPPORTED:
+        reason = {**RETRAINED_ONLY, **NOT_AT_ALL}.get(name, "it is not known here")
+        or_retrain = ", or use LeaveOneOut, which retrains and needs no gradients" if name in RETRAINED_ONLY else ""
         raise InputError(
-            f"the model's objective {name!r} cannot be attributed: {REASONS_TO_REFUSE.get(name, 'it is not known here')}.",
+            f"the model's objective {name!r} cannot be attributed: {reason}.",
             ", ".join(SUPPORTED),
-            "train the model with one of these, or use LeaveOneOut, which retrains and needs no gradients.",
+            f"train the model with one of these{or_retrain}.",
         )
     return _own(name, options, text, is_sqrt="sqrt" in words)
 
@@ -136,7 +140,7 @@ def _own(name: str, options: dict[str, str], text: ModelText, *, is_sqrt: bool) 
         return Binary(name)
     if name == "multiclass":
         return Multiclass(name, num_outputs=text.num_trees_per_round)
-    sigmoid, of_positive = float(options["sigmoid"]), text.number("scale_pos_weight")
+    sigmoid, of_positive = text.sharpened(float(options["sigmoid"])), text.number("scale_pos_weight")
     kind = Binary if name == "binary" else OneVersusAll
     return kind(name, text.num_trees_per_round, sigmoid, of_positive, text.number("is_unbalance") != 0)
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import expit, log_softmax, softmax
 
 Array = NDArray[np.float64]
+UNIT_HESSIANS = ("regression", "regression sqrt", "huber")
 SMALLEST_SHARE = float(np.float32(1e-15))  # LightGBM's kEpsilon: class shares are kept above it
 
 
@@ -36,9 +37,18 @@ class Objective:
         """Number of classes; 0 for regression."""
         return 0
 
+    @property
+    def has_unit_hessian(self) -> bool:
+        """Whether every row's Hessian is 1, whatever its score."""
+        return self.name in UNIT_HESSIANS
+
     def gradients(self, scores: Array, y: Array) -> tuple[Array, Array]:
         """Return first and second derivative (n, K) of each row's loss, unweighted, as LightGBM computes them."""
         return scores - y[:, None], np.ones_like(scores)
+
+    def sizes(self, gradients: Array, hessians: Array) -> Array:
+        """Return the size (n,) of what a gradient (n,) is computed from: its rounding error is relative to that."""
+        return np.abs(gradients)
 
     def slopes(self, scores: Array, y: Array) -> tuple[Array, Array]:
         """Return how gradient and Hessian (n, K) move with the score of the same output."""
@@ -201,6 +211,10 @@ class Binary(Objective):
         """Return s (p - y) and s^2 p (1 - p), without cancellation where p is near y."""
         p, q, positive = expit(self.sigmoid * scores), expit(-self.sigmoid * scores), y[:, None]
         return self.sigmoid * ((1.0 - positive) * p - positive * q), self.sigmoid**2 * p * q
+
+    def sizes(self, gradients: Array, hessians: Array) -> Array:
+        """Return |g|; for shares (1 - y) p + y (1 - p), of which LightGBM rounds 1 - y to float32, or a little more."""
+        return np.abs(gradients) + (0.0 if self.is_classification else 4.0) * hessians
 
     def slopes(self, scores: Array, y: Array) -> tuple[Array, Array]:
         """Return the Hessian and its derivative s^3 p (1 - p) (1 - 2 p)."""

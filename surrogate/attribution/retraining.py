@@ -15,7 +15,7 @@ import numpy as np
 from oracle.errors import InputError
 from surrogate.attribution.ensemble import TreeEnsemble, booster_of, learning_rates_of
 from surrogate.attribution.model_text import ModelText
-from surrogate.attribution.objective_reading import Custom, ObjectiveFunction, read_objective
+from surrogate.attribution.objective_reading import NOT_AT_ALL, Custom, ObjectiveFunction, read_objective
 from surrogate.attribution.objectives import Array, Objective
 from surrogate.attribution.training_rows import TrainingRows
 
@@ -158,7 +158,7 @@ def _objective(text: ModelText, function: Any) -> Objective:
         return Distance(name, level=text.number("alpha"), scale=1.0)
     if name == "mape":
         return Distance(name, is_relative=True)
-    if name in ("lambdarank", "rank_xendcg", "cross_entropy_lambda"):
+    if name in NOT_AT_ALL:
         raise InputError(
             f"models with the objective {name!r} are not retrained here.",
             "objectives whose loss follows from a row's own label, raw score and weight",

@@ -98,12 +98,20 @@ class TrainingRows:
             return of_labels
         return self.sample_weight[:, None] * (1.0 if of_labels is None else of_labels)
 
+    @property
+    def has_unit_hessians(self) -> bool:
+        """Whether every row in the bag has a weighted Hessian of 1 in every round, so that their sums are counts."""
+        return self.ensemble.objective.has_unit_hessian and self.row_weights is None
+
+    def in_bags(self) -> Iterator[NDArray[np.bool_] | None]:
+        """Yield per round which rows (n,) grew its trees, or None for all."""
+        return bags(self.ensemble.text, self.y, self.leaves)
+
     def rounds(self) -> Iterator[Round]:
         """Replay the T rounds."""
         objective, weights = self.ensemble.objective, self.row_weights
         all_scores = self.ensemble.raw_scores_by_round(self.leaves, self.init_score)
-        in_bags = bags(self.ensemble.text, self.y, self.leaves)
-        for number, scores, in_bag in zip(range(self.ensemble.num_rounds), all_scores, in_bags, strict=False):
+        for number, scores, in_bag in zip(range(self.ensemble.num_rounds), all_scores, self.in_bags(), strict=False):
             gradients, hessians = objective.gradients(scores, self.y)
             counted = weights
             if in_bag is not None:

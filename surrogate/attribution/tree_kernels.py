@@ -10,6 +10,7 @@ The letters are those of the released code.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,11 @@ class TreeKernel:
     def is_leaf_kernel(self) -> bool:
         """Whether each leaf has a feature of its own and no other."""
         return self.map.shape[0] == self.map.shape[1] and self.map.nnz == self.map.shape[0]
+
+    def leaf_columns(self, leaves: NDArray[np.int32]) -> Iterator[Array]:
+        """Yield per tree the one feature of each row (n,) that is not 0; for leaf kernels only."""
+        for tree in range(leaves.shape[1]):
+            yield self.map.data[self.offsets[tree] : self.offsets[tree + 1]][leaves[:, tree]]
 
     def features(self, leaves: NDArray[np.int32]) -> Any:
         """Return the features (B, M) of rows in these leaves (B, C), a CSR array."""

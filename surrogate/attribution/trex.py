@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike
 from oracle.errors import InputError, check_at_least, check_choice
 from surrogate.attribution.contract import LeafAttribution, TestRows
 from surrogate.attribution.leaf_join import LeafJoin
+from surrogate.attribution.objective_reading import SUPPORTED, Custom
 from surrogate.attribution.objectives import Array, Multiclass, OneVersusAll
 from surrogate.attribution.tree_kernels import KERNELS, TreeKernel
 from surrogate.attribution.trex_solvers import Representer, ScoreLoss, SeparateOutputs, SoftmaxLoss, fit_representer
@@ -31,7 +32,6 @@ from surrogate.attribution.trex_solvers import Representer, ScoreLoss, SeparateO
 OFFSETS = ("auto", "bias", "zero")
 TARGETS = ("labels", "predictions")
 SMALLEST_RIDGE = 1e-12
-BLOCK_BYTES = 16 * 2**20  # of similarities that are held at a time beside the result
 TEST_ROWS_PER_PRODUCT = 64  # whose features are held densely, for kernels that are not of leaves
 
 
@@ -115,6 +115,12 @@ class TREX(LeafAttribution):
 
     def _prepare(self) -> None:
         rows, objective = self.rows_, self.rows_.ensemble.objective
+        if isinstance(objective, Custom):
+            raise InputError(
+                "TREX fits a surrogate by the model's loss, and a custom objective gives only its gradients.",
+                f"one of LightGBM's own objectives: {', '.join(SUPPORTED)}",
+                "use BoostIn or LeafSimilarity.",
+            )
         is_squared = objective.name.startswith("regression")
         if self.halve and not is_squared:
             raise InputError(
@@ -134,8 +140,8 @@ class TREX(LeafAttribution):
         if not self._kernel.is_leaf_kernel:
             self._held = features
         else:
-            of_leaf = features.data.reshape(rows.leaves.shape)
-            self._join = LeafJoin.of(rows.leaves, of_leaf, rows.ensemble.leaf_offsets)
+            del features
+            self._join = LeafJoin.of(rows.leaves, self._kernel.leaf_columns(rows.leaves), rows.ensemble.leaf_offsets)
 
     def _features(self) -> Any:
         """Return the training rows' features (n, M); those of leaves are quickly made, and not held beside their join."""
@@ -151,9 +157,8 @@ class TREX(LeafAttribution):
         scores, objective = self._surrogate_scores(test.leaves, test.init_score), test.ensemble.objective
         if objective.name.startswith("regression"):
             for column, residual in enumerate(scores[:, 0] - test.y):
-                share = influence[:, column]
-                share *= self.alphas_[:, 0]
-                share *= 0.5 * share - residual
+                share = influence[:, column] * self.alphas_[:, 0]
+                np.multiply(share, 0.5 * share - residual, out=influence[:, column])
             return influence
         losses = objective.loss(scores, test.y)
         for column, target in enumerate(test.y):
@@ -199,9 +204,6 @@ class TREX(LeafAttribution):
             shares = targets if targets.ndim > 1 else (targets[:, None] == classes).astype(np.float64)
             return SoftmaxLoss(shares), offset
         return SeparateOutputs(objective, targets, scale=2.0 if is_squared else 1.0), offset
-
-    def _rows_per_block(self, bytes_per_row: int) -> int:
-        return min(super()._rows_per_block(bytes_per_row), max(1, BLOCK_BYTES // (8 * self.rows_.num_rows)))
 
 
 def _row_weights(weights: Array) -> Array:

@@ -36,6 +36,10 @@ SUFFICIENT_DECREASE = 1e-4  # Armijo's constant, Nocedal and Wright 2006, chapte
 class ScoreLoss(Protocol):
     """A convex loss of the scores (n, K) of rows whose targets it knows."""
 
+    @property
+    def is_quadratic(self) -> bool:
+        """Whether the second derivative is the same everywhere, so that one Newton step reaches the minimum."""
+
     def values(self, scores: Array) -> Array:
         """Return each row's loss (n,)."""
 
@@ -53,6 +57,11 @@ class SeparateOutputs:
     objective: Objective
     targets: Array
     scale: float = 1.0
+
+    @property
+    def is_quadratic(self) -> bool:
+        """Only squared error is."""
+        return self.objective.name.startswith("regression")
 
     def values(self, scores: Array) -> Array:
         """Return the objective's loss."""
@@ -73,6 +82,11 @@ class SoftmaxLoss:
     """Cross entropy with target shares (n, K), with the whole Hessian of the softmax and not only its diagonal."""
 
     shares: Array
+
+    @property
+    def is_quadratic(self) -> bool:
+        """Cross entropy is not."""
+        return False
 
     def values(self, scores: Array) -> Array:
         """Return the cross entropy."""
@@ -129,10 +143,9 @@ def fit_representer(features: Any, loss: ScoreLoss, *, weights: Array, offset: A
     start_norm = float(np.linalg.norm(slope))
     num_products = num_steps = 0
     while float(np.linalg.norm(slope)) > GRADIENT_TOLERANCE * start_norm and num_steps < MAX_NEWTON_STEPS:
+        rough = 0.0 if loss.is_quadratic else INNER_TOLERANCE * min(1.0, float(np.linalg.norm(slope)) / start_norm)
         step, used = conjugate_gradients(
-            partial(hessian, loss.curvature(scores)),
-            -slope,
-            tolerance=max(INNER_TOLERANCE * min(1.0, float(np.linalg.norm(slope)) / start_norm), 0.1 * GRADIENT_TOLERANCE),
+            partial(hessian, loss.curvature(scores)), -slope, tolerance=max(rough, 0.1 * GRADIENT_TOLERANCE)
         )
         along, descent, length = features @ step, float(np.vdot(slope, step)), 1.0
         for _ in range(MAX_HALVINGS):

@@ -1,7 +1,8 @@
 """Boosted regression trees (LightGBM), one booster per target.
 
 Trees find thresholds and interactions that a linear map misses and are not moved by monotone changes of a
-feature. The boosters stay reachable, because attribution methods read which labelled texts share leaves.
+feature. The boosters stay reachable, because attribution methods read which labelled texts share leaves; what each was
+trained on is `booster_tables`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from surrogate.scaling import LABEL_SCALES, LabelScaler, weighted_mean
 from surrogate.splits import grouped_folds
 
 if TYPE_CHECKING:
-    from surrogate.tree_amounts import TreeAmounts
+    from surrogate.tree_amounts import BoosterTable, TreeAmounts
 
 MAX_BIN = 31  # with thousands of features and few texts, time goes into bins; more of them ranked no better
 ENOUGH_VALIDATION_TEXTS = 400  # a correlation over so many has a standard error of 0.05; more folds would not pay
@@ -119,9 +120,8 @@ class InfluenceTrees:
     ) -> Self:
         """Learn from features (S, D) and labels (S, C) or (S,); `groups` stay on one side of the validation split."""
         data = training_data(X, y, groups, sample_weight=sample_weight)
-        scaler = LabelScaler(self.label_scale).fit(data.labels, data.weights)
+        scaler, earlier = LabelScaler(self.label_scale).fit(data.labels, data.weights), None
         targets = scaler.transform(data.labels)  # (S, C)
-        earlier = None
         if warm_start is not None:
             check_warm_start(warm_start, self, num_features=data.features.shape[1], num_targets=targets.shape[1])
             earlier = Continuation.of(warm_start, data.features, targets, weights=data.weights)
@@ -164,23 +164,37 @@ class InfluenceTrees:
             blocks += [(leaves[:, [tree]] == numbers).astype(np.float32) for tree in range(leaves.shape[1])]
         return (np.concatenate(blocks, axis=1) / math.sqrt(sum(self.num_trees_))).astype(np.float32)
 
+    def booster_targets(self, X: ArrayLike, y: ArrayLike) -> NDArray[np.float64]:
+        """Return what the boosters are to predict (B, C) of features (B, D) with labels (B, C) or (B,).
+
+        That is the labels on the fitted scale, less the part of earlier surrogates.
+        """
+        features = features_to_score(X, self.num_features_ if hasattr(self, "boosters_") else None)
+        targets = self._label_scaler.transform(np.asarray(y, dtype=np.float64).reshape(len(features), self.num_targets_))
+        return targets if self.earlier_ is None else targets - self.earlier_.output(features)
+
+    def booster_tables(self, X: ArrayLike, y: ArrayLike, *, sample_weight: ArrayLike | None = None) -> list[BoosterTable]:
+        """Return per target its booster with what it was trained on, for the methods of `surrogate.attribution`.
+
+        Args:
+            X: Features (S, D) of the fit.
+            y: Labels (S, C) or (S,) of the fit.
+            sample_weight: Weights (S,) of the fit.
+
+        Example:
+            >>> table = trees.booster_tables(X, y)[0]  # doctest: +SKIP
+            >>> method = BoostIn(table.booster).fit(table.features, table.targets, table.weights)  # doctest: +SKIP
+            >>> method.attribute(X_test, of="prediction")  # row r is that of X[table.rows[r]]  # doctest: +SKIP
+        """
+        require_fitted(hasattr(self, "boosters_"))
+        return self._tables(training_data(X, y, None, sample_weight=sample_weight))
+
     def explainer(self, data: TrainingData, method: str) -> TreeAmounts:
         """Return what accounts for scores by the data of the fit, with a method of `explanations`."""
         from surrogate.tree_amounts import TreeAmounts
 
         assert method in self.explanations
-        targets = self._label_scaler.transform(data.labels)  # (S, C)
-        if self.earlier_ is not None:
-            targets = targets - self.earlier_.output(data.features)
-        return TreeAmounts.of(
-            self.boosters_,
-            self._parameters(),
-            data.features,
-            targets=targets,
-            sample_weight=data.weights,
-            earlier=self.earlier_,
-            method=method,
-        )
+        return TreeAmounts.of(self._tables(data), self.earlier_, method=method, num_threads=self.num_threads)
 
     def save(self, folder: Path) -> None:
         """Write the fitted surrogate into `folder`."""
@@ -220,6 +234,15 @@ class InfluenceTrees:
     def num_targets_(self) -> int:
         """Number of targets C of the fit."""
         return len(self.boosters_)
+
+    def _tables(self, data: TrainingData) -> list[BoosterTable]:
+        from surrogate.tree_amounts import BoosterTable
+
+        targets = self.booster_targets(data.features, data.labels)
+        return [
+            BoosterTable.of(booster, self._parameters(), data, column)
+            for booster, column in zip(self.boosters_, targets.T, strict=True)
+        ]
 
     def _splits(self, data: TrainingData) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
         """Return (training rows, validation rows) of as many folds as give enough validation texts."""

@@ -12,6 +12,8 @@ import oracle
 from oracle.errors import InputError
 from oracle.labels import Labels
 from surrogate.cli import app
+from surrogate.explain_command import as_text
+from surrogate.explanation import SCALES, LabelShare, TargetExplanation, TextExplanation
 from surrogate.pipeline import Run
 
 
@@ -52,6 +54,43 @@ def test_the_texts_with_the_highest_scores_are_explained(run):
     named = {share["text_id"] for side in ("raised", "lowered") for share in target[side]}
     assert named <= set(found["excerpts"]) and found["excerpts"][best[0]].startswith("number ")
     assert len(command(run.folder)["explanations"]) == 3
+
+
+def test_the_account_can_be_read_and_added_up(run):
+    text_id = run.pool()["text_id"][3]
+    lines = CliRunner().invoke(app, ["explain", str(run.folder), "--text-id", text_id, "--top-k", "4"]).stderr.splitlines()
+    assert any(f"text {text_id}: number 3" in line for line in lines) and "alike" in " ".join(lines)
+    assert any(line.startswith("  math: score ") and line.endswith("% of the labels") for line in lines)
+    first, last = (next(i for i, line in enumerate(lines) if line.endswith(end)) for end in ("text starts", "in all"))
+    amounts = [float(line.split()[0]) for line in lines[first : last + 1]]
+    assert sum(amounts[:-1]) == pytest.approx(amounts[-1], abs=0.01)
+    named = [line for line in lines[first:last] if " label " in line]
+    assert len(named) == 8 and any(line.endswith("the text itself") for line in named)  # it has a label
+    assert f"the other {50 - len(named)} labelled texts together" in lines[last - 1]
+
+
+def test_what_is_not_told_is_shown_and_rounds_to_nothing_is_not():
+    target = TargetExplanation(
+        target="math",
+        score=0.5,
+        scaled_score=1.0,
+        bias=-1e-9,
+        earlier=0.25,
+        raised=[LabelShare("b", 0.4, 2.0)],
+        lowered=[],
+        others=0.1,
+        num_others=7,
+        remainder=0.25,
+        blocks={"text_stats": 0.75},
+        features=[],
+        block_bias=0.0,
+        block_remainder=1e-9,
+    )
+    explanation = TextExplanation("a", "contributions", SCALES["none"], "nats per target token", [target])
+    text = as_text([explanation], {"a": "first\ntext", "b": "x" * 200})
+    for part in ("text a: first text", "+0.000  where every", "+0.250  from the surrogates", "+0.250  remainder", "xxx..."):
+        assert part in text
+    assert "start +0.250, text_stats +0.750\n" in text and "-0.000" not in text and "% of" not in text
 
 
 def test_texts_are_named_by_their_id(run):

@@ -124,10 +124,21 @@ def test_labels_of_earlier_checkpoints_and_a_warm_start_are_in_the_account():
     assert total(target) == pytest.approx(target.scaled_score, abs=1e-9) and abs(target.remainder) < 1e-6
     listed = {share.text_id for share in (*target.raised, *target.lowered)}
     assert listed & set(first.text_ids[:50]) and len(listed) == len(target.raised) + len(target.lowered)
-    later = labels.take(labels.text_ids[60:])
-    warm = fit("ridge", texts, later, warm_start=fit("ridge", texts, first))
-    target = warm.explain(texts.select([0]))[0].targets[0]
-    assert target.earlier != 0 and abs(target.remainder) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["ridge", "trees"])
+def test_a_warm_start_is_in_the_account_also_after_loading(name, tmp_path):
+    texts, labels = planted(120)
+    first, later = labels.take(labels.text_ids[:60]), labels.take(labels.text_ids[60:])
+    warm = fit(name, texts, later, warm_start=fit(name, texts, first))
+    warm.save(tmp_path / "warm")
+    new, _ = planted(3, seed=4)
+    for predictor in (warm, surrogate.InfluencePredictor.load(tmp_path / "warm")):
+        for explanation, scores in zip(predictor.explain(new), np.asarray(warm.predict(new)), strict=True):
+            for target, score in zip(explanation.targets, scores, strict=True):
+                assert total(target) == pytest.approx(target.scaled_score, abs=1e-9) and abs(target.remainder) < 1e-6
+                assert target.earlier != 0 and target.score == score
+                assert {share.text_id for share in (*target.raised, *target.lowered)} <= set(later.text_ids)
 
 
 def test_what_cannot_be_explained_is_refused(fitted):

@@ -51,6 +51,18 @@ def test_every_leaf_was_grown_on_the_rows_of_the_mask(train_case, kind, settings
             np.testing.assert_array_equal(counts, ensemble.text.trees[tree].leaf_counts)
 
 
+def test_a_bag_of_all_rows_is_the_last_one(train_case):
+    case = train_case(
+        "regression", num_rows=30, min_child_samples=2, n_estimators=20, subsample=0.9, subsample_freq=1, random_state=5
+    )
+    ensemble = TreeEnsemble.read(case.estimator)
+    masks = list(bags(ensemble.text, case.y, ensemble.leaves(case.X)))
+    first = next(number for number, mask in enumerate(masks) if mask.all())
+    assert 0 < first < 15 and all(mask.all() for mask in masks[first:])
+    for tree, mask in zip(ensemble.text.trees, masks, strict=True):
+        assert tree.is_constant or tree.leaf_counts.sum() == mask.sum()
+
+
 def test_without_bagging_there_is_no_mask(train_case):
     for settings in ({}, {"subsample": 0.5}, {"subsample_freq": 1}):
         case = train_case("regression", **settings)

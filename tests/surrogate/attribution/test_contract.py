@@ -49,6 +49,17 @@ def test_blocks_of_test_rows_change_nothing(make, train_case, monkeypatch, of):
     np.testing.assert_allclose(one[:, 0], whole[:, 4], rtol=0, atol=1e-14)
 
 
+def test_beside_a_whole_matrix_only_a_block_of_it_is_held(train_case, monkeypatch):
+    case = train_case("regression")
+    method, sizes = case.fit(BoostIn(case.estimator)), []
+    influence = method._influence
+    monkeypatch.setattr(method, "_influence", lambda test: sizes.append(len(test.leaves)) or influence(test))
+    method.attribute(case.X_test, case.y_test)
+    monkeypatch.setattr(contract, "BLOCK_BYTES", 8 * contract.BYTES_PER_LEAF * 6)
+    method.attribute(case.X_test, case.y_test)
+    assert sizes == [9, 3, 3, 3]  # 3 rows are 3 (8 * 60 + 64 * 6) bytes
+
+
 @pytest.mark.parametrize("k", [1, 5, 1000])
 def test_top_k_is_the_top_of_the_full_matrix(make, train_case, monkeypatch, k):
     case = train_case("regression")

@@ -8,7 +8,6 @@ from scipy import sparse
 from oracle.errors import InputError, InputTypeError, MissingFileError, NotFiniteError
 from surrogate.attribution.boostin import BoostIn
 from surrogate.attribution.ensemble import TreeEnsemble
-from surrogate.models import training_data
 from surrogate.models.trees import InfluenceTrees
 
 
@@ -126,10 +125,10 @@ def test_what_is_no_fitted_model_is_refused(tmp_path):
 def test_a_booster_of_our_own_trees_is_read_bagging_and_all(train_case):
     case = train_case("regression", num_rows=150)
     trees = InfluenceTrees(num_trees=8, min_trees=5, label_scale="none").fit(case.X, case.y)
-    with pytest.raises(InputTypeError, match="boosters_"):
+    with pytest.raises(InputTypeError, match="booster_tables"):
         TreeEnsemble.read(trees)
-    rows = training_data(case.X, case.y, None)  # the order that the trees were grown in
-    method = BoostIn(trees.boosters_[0]).fit(rows.features, rows.labels[:, 0])
+    table = trees.booster_tables(case.X, case.y)[0]
+    method = BoostIn(table.booster).fit(table.features, table.targets)
     assert method.attribute(case.X_test, of="prediction").shape == (150, 9)
     ensemble = method.rows_.ensemble
     assert ensemble.num_rounds == trees.num_trees_[0] and ensemble.reg_lambda == 10.0 and ensemble.learning_rates[0] == 0.03

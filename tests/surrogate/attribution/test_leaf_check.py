@@ -5,6 +5,8 @@ from __future__ import annotations
 import lightgbm as lgb
 import numpy as np
 import pytest
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
 
 from oracle.errors import InputError, InputTypeError
 from surrogate.attribution.boostin import BoostIn
@@ -104,6 +106,55 @@ def test_other_features_are_refused_by_name(name, train_case):
         checked(case)
 
 
+def test_values_lost_in_bundles_of_sparse_features_are_noticed_and_bundling_is_named():
+    rng = np.random.default_rng(2)
+    X = np.stack([-rng.random(90) * (rng.random(90) < 0.3), 1.0 + (rng.random(90) < 0.05)], axis=1)
+    y = X.sum(axis=1) + 0.1 * rng.normal(size=90)
+    settings = {"n_estimators": 5, "num_leaves": 7, "min_child_samples": 1, "min_data_in_bin": 1, "feature_pre_filter": False}
+    bundled, plain = (
+        lgb.LGBMRegressor(**settings, enable_bundle=bundles, n_jobs=1, verbosity=-1).fit(X, y) for bundles in (True, False)
+    )
+    with pytest.raises(InputError, match=r"\(enable_bundle\), and lost some(.|\n)*enable_bundle=False"):
+        BoostIn(bundled).fit(X, y)
+    BoostIn(plain).fit(X, y)
+    dense = rng.normal(size=(90, 2))
+    cannot_be = (plain, X), (lgb.LGBMRegressor(**settings, n_jobs=1, verbosity=-1).fit(dense, y), dense)
+    for model, features in cannot_be:
+        with pytest.raises(InputError) as refused:
+            BoostIn(model).fit(features, -y)
+        assert "bundle" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["lambdarank", "cross_entropy_lambda"])
+def test_retraining_is_not_proposed_where_it_is_refused_as_well(name, make_table):
+    X, y, _, _ = make_table("binary")
+    model = lgb.train({"objective": name, "verbosity": -1}, lgb.Dataset(X, y, group=[60] if name == "lambdarank" else None), 3)
+    with pytest.raises(InputError, match=name) as refused:
+        BoostIn(model).fit(X, y)
+    assert "LeaveOneOut" not in str(refused.value)
+
+
+def test_what_holds_a_model_is_asked_for_it(make_table):
+    X, y, _, _ = make_table("regression")
+    search = GridSearchCV(lgb.LGBMRegressor(n_estimators=2, verbosity=-1), {"num_leaves": [3]}, cv=2).fit(X, y)
+    with pytest.raises(InputTypeError, match="best_estimator_"):
+        BoostIn(search).fit(X, y)
+    with pytest.raises(InputTypeError, match="last step"):
+        BoostIn(make_pipeline(search.best_estimator_)).fit(X, y)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"objective": "huber"}, {"subsample": 0.6, "subsample_freq": 1}, {"weights": True}], ids=str
+)
+def test_hessians_are_sums_over_rows_also_where_they_are_counts(settings, train_case):
+    case = train_case("regression", **settings)
+    rows = TrainingRows.read(TreeEnsemble.read(case.estimator), case.X, case.y, sample_weight=case.sample_weight)
+    found = check_leaf_values(rows).hessians
+    for this in rows.rounds():
+        for leaf, total in enumerate(found[this.number]):
+            assert total == pytest.approx(this.hessians[rows.leaves[:, this.number] == leaf, 0].sum(), rel=1e-12)
+
+
 def test_the_exact_digits_of_rates_and_penalties_are_found(train_case):
     schedule = [0.3, 0.07, 1 / 7, 0.2, 0.01, 0.1]
     case = train_case("regression", reg_lambda=1 / 3, fit={"callbacks": [lgb.reset_parameter(learning_rate=schedule)]})
@@ -111,6 +162,66 @@ def test_the_exact_digits_of_rates_and_penalties_are_found(train_case):
     np.testing.assert_allclose(statistics.learning_rates, schedule, rtol=3e-8)
     penalties = np.concatenate(statistics.denominators) - np.concatenate(statistics.hessians)
     np.testing.assert_allclose(penalties, 1 / 3, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        ("regression", {"learning_rate": 0.123456789, "reg_lambda": 1 / 3, "reg_alpha": 1.23456789}),
+        ("binary", {"scale_pos_weight": 13.15789473, "sigmoid": 1.23456789, "weights": True}),
+        ("regression", {"objective": "tweedie", "tweedie_variance_power": 1.23456789}),
+        ("regression", {"objective": "huber", "alpha": 0.123456789, "subsample": 0.7, "subsample_freq": 1}),
+        ("regression", {"categories": True, "min_data_per_group": 1, "cat_smooth": 1.0, "cat_l2": 3.14159265}),
+    ],
+    ids=str,
+)
+def test_a_model_that_was_read_again_may_have_lost_digits(kind, settings, train_case, tmp_path):
+    """LightGBM prints six digits of its parameters; a Booster made from a text remembers those and takes them for all."""
+    case = train_case(kind, **settings)
+    case.estimator.booster_.save_model(tmp_path / "model.txt")
+    truth = BoostIn(case.estimator).fit(case.X, case.y, case.sample_weight).attribute(case.X_test, case.y_test)
+    again = lgb.Booster(model_str=case.estimator.booster_.model_to_string())
+    for model in (tmp_path / "model.txt", lgb.Booster(model_file=tmp_path / "model.txt"), again):
+        method = BoostIn(model).fit(case.X, case.y, case.sample_weight)
+        assert method.statistics_.learning_rates[0] == pytest.approx(case.settings["learning_rate"], rel=5e-7)
+        found = method.attribute(case.X_test, case.y_test)
+        np.testing.assert_allclose(found, truth, rtol=0, atol=2e-5 * np.abs(truth).max())
+
+
+def test_shares_are_held_to_what_lightgbm_rounds(make_table):
+    """It rounds one minus the share to float32, which the small gradients of single rows show."""
+    X = make_table("regression")[0]
+    shares = 0.5 + 0.02 * np.random.default_rng(0).normal(size=60)
+    settings = {
+        "objective": "cross_entropy",
+        "num_leaves": 60,
+        "min_data_in_leaf": 1,
+        "min_sum_hessian_in_leaf": 0,
+        "verbosity": -1,
+    }
+    model = lgb.train({**settings, "boost_from_average": False}, lgb.Dataset(X, shares), 3)
+    BoostIn(model).fit(X, shares)
+    shares[7] += 1e-5
+    with pytest.raises(InputError, match="leaf"):
+        BoostIn(model).fit(X, shares)
+
+
+def test_a_rate_is_measured_in_all_rounds_that_print_it(train_case):
+    """Rounds whose leaves all lie below categorical splits do not tell it."""
+    settings = {
+        "categories": True,
+        "min_data_per_group": 1,
+        "cat_smooth": 1.0,
+        "cat_l2": 3.0,
+        "num_leaves": 2,
+        "n_estimators": 12,
+    }
+    case = train_case("regression", learning_rate=0.123456789, colsample_bytree=0.5, **settings)
+    model = lgb.Booster(model_str=case.estimator.booster_.model_to_string())
+    statistics = checked(case, model)
+    is_categorical = [tree.has_categorical_splits for tree in TreeEnsemble.read(model).text.trees]
+    assert any(is_categorical[1:]) and not all(is_categorical[1:])
+    np.testing.assert_allclose(statistics.learning_rates, 0.123456789, rtol=1e-7)
 
 
 def test_only_leaves_below_sorted_categories_carry_cat_l2(train_case):

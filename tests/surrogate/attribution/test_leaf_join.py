@@ -38,7 +38,7 @@ def slow(train, a, test, b):
 def test_it_equals_the_loop_over_pairs_and_trees(sizes, dense_share, monkeypatch):
     monkeypatch.setattr(leaf_join, "DENSE_SHARE", dense_share)
     train, a, test, b, offsets = problem(sizes)
-    found = LeafJoin.of(train, a, offsets).sums(test, b)
+    found = LeafJoin.of(train, a.T, offsets).sums(test, b)
     np.testing.assert_allclose(found, slow(train, a, test, b), rtol=0, atol=1e-13)
 
 
@@ -46,20 +46,20 @@ def test_pairs_that_share_no_leaf_are_exactly_zero():
     train, a, test, b, offsets = problem([30, 25, 40], skew=1.5)
     shares = (train[:, None] == test[None]).any(axis=2)
     assert 0 < shares.mean() < 1
-    np.testing.assert_array_equal(LeafJoin.of(train, a, offsets).sums(test, b) != 0, shares)
+    np.testing.assert_array_equal(LeafJoin.of(train, a.T, offsets).sums(test, b) != 0, shares)
 
 
 @pytest.mark.parametrize("rows_per_chunk", [1, 16, 69])
 def test_chunks_of_training_rows_change_nothing(rows_per_chunk, monkeypatch):
     train, a, test, b, offsets = problem([7, 3, 12])
-    whole = LeafJoin.of(train, a, offsets).sums(test, b)
+    whole = LeafJoin.of(train, a.T, offsets).sums(test, b)
     monkeypatch.setattr(leaf_join, "ROWS_PER_CHUNK", rows_per_chunk)
-    np.testing.assert_allclose(LeafJoin.of(train, a, offsets).sums(test, b), whole, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(LeafJoin.of(train, a.T, offsets).sums(test, b), whole, rtol=0, atol=1e-13)
 
 
 def test_a_test_row_does_not_depend_on_the_others():
     train, a, test, b, offsets = problem([7, 3, 12])
-    join = LeafJoin.of(train, a, offsets)
+    join = LeafJoin.of(train, a.T, offsets)
     whole = join.sums(test, b)
     for row in range(len(test)):
         np.testing.assert_allclose(join.sums(test[row : row + 1], b[row : row + 1])[:, 0], whole[:, row], rtol=0, atol=1e-14)
@@ -67,10 +67,10 @@ def test_a_test_row_does_not_depend_on_the_others():
 
 def test_the_number_of_pairs_is_counted():
     train, a, test, _, offsets = problem([7, 3, 12])
-    assert LeafJoin.of(train, a, offsets).num_pairs(test) == int((train[:, None] == test[None]).sum())
+    assert LeafJoin.of(train, a.T, offsets).num_pairs(test) == int((train[:, None] == test[None]).sum())
 
 
 def test_leaves_without_training_rows_add_nothing():
     train, test = np.zeros((4, 2), np.int32), np.array([[1, 0], [2, 2]], np.int32)
-    join = LeafJoin.of(train, np.ones((4, 2)), np.array([0, 3, 6]))
+    join = LeafJoin.of(train, np.ones((2, 4)), np.array([0, 3, 6]))
     np.testing.assert_array_equal(join.sums(test, np.full((2, 2), 5.0)), np.repeat([[5.0, 0.0]], 4, axis=0))

@@ -42,7 +42,9 @@ def test_digits_that_were_not_printed_come_from_the_known_numbers(train_case):
     assert ModelText.parse(text, [1 / 3, 0.33333334]).number("lambda_l2") == 0.333333  # either may be meant
 
 
-@pytest.mark.parametrize("number, expected", [(0.1, False), (0.03, False), (0.333333, True), (1e-05, False), (123456.0, True)])
+@pytest.mark.parametrize(
+    "number, expected", [(0.1, False), (0.03, False), (0.333333, True), (1e-05, False), (123456.0, True), (1 / 3, False)]
+)
 def test_numbers_with_all_printed_digits_may_be_cut_off(number, expected):
     assert is_cut_off(number) is expected
 

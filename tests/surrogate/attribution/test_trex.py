@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from oracle.errors import InputError
-from surrogate.attribution import trex
+from surrogate.attribution import contract, trex
 from surrogate.attribution.leaf_similarity import LeafSimilarity
 from surrogate.attribution.tree_kernels import KERNELS
 from surrogate.attribution.trex import TREX
@@ -175,7 +175,7 @@ def test_blocks_and_top_k_agree_with_the_whole(train_case, monkeypatch, kernel):
     case = train_case("multiclass")
     method = case.fit(TREX(case.estimator, kernel=kernel))
     whole = method.attribute(case.X_test, case.y_test)
-    monkeypatch.setattr(trex, "BLOCK_BYTES", 2 * 8 * 60)
+    monkeypatch.setattr(contract, "BLOCK_BYTES", 3000)
     np.testing.assert_allclose(method.attribute(case.X_test, case.y_test), whole, rtol=0, atol=1e-15)
     top = method.attribute(case.X_test, case.y_test, top_k=3)
     np.testing.assert_allclose(top.positive_values, -np.sort(-whole, axis=0)[:3].T, rtol=0, atol=1e-15)

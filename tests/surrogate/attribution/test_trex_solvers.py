@@ -44,6 +44,7 @@ def test_squared_loss_solves_the_kernel_system():
     fitted = fit_representer(FEATURES, LOSSES["squared"], weights=np.ones(40), offset=np.zeros(1), ridge=ridge)
     kernel = (FEATURES @ FEATURES.T).toarray()
     np.testing.assert_allclose(fitted.alphas[:, 0], np.linalg.solve(kernel + ridge * 40 * np.eye(40), TARGETS), rtol=1e-9)
+    assert fitted.num_newton_steps == 1
 
 
 def test_a_row_of_weight_two_is_two_rows():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from oracle.errors import InputError, MissingFileError
+from surrogate.attribution import BoostIn, LeafContributions
 from surrogate.models import training_data
 from surrogate.models.ridge import RidgeSurrogate
 from surrogate.models.trees import InfluenceTrees, _correlation
@@ -109,6 +110,38 @@ def test_a_text_of_weight_two_is_that_text_twice_in_a_tree():
     found = InfluenceTrees(**options).fit(X, y, sample_weight=weights).predict(X)
     np.testing.assert_allclose(found, InfluenceTrees(**options).fit(X[repeats], y[repeats]).predict(X), rtol=1e-4, atol=1e-5)
     assert np.abs(found - InfluenceTrees(**options).fit(X, y).predict(X)).max() > 1e-3
+
+
+@pytest.mark.parametrize("label_scale", ["rank", "none"])
+@pytest.mark.parametrize("is_warm", [False, True], ids=["cold", "warm"])
+def test_booster_tables_are_what_the_boosters_were_trained_on(is_warm, label_scale):
+    (X, y, _), (X_new, y_new, _) = data(80), data(7, seed=2)
+    options = {"num_trees": 12, "min_trees": 12, "validation_folds": 0, "num_threads": 1, "label_scale": label_scale}
+    earlier = InfluenceTrees(**options).fit(*data(80, seed=5)[:2]) if is_warm else None
+    weights = np.random.default_rng(0).choice([0.0, 0.5, 1.0], size=80)
+    trees = InfluenceTrees(**options).fit(X, y, sample_weight=weights, warm_start=earlier)
+    tables = trees.booster_tables(X, y, sample_weight=weights)
+    assert len(tables) == 2 and sorted(tables[0].rows) == np.flatnonzero(weights).tolist()
+    for column, table in enumerate(tables):
+        np.testing.assert_array_equal(table.features, X[table.rows].astype(np.float32))
+        made_of = LeafContributions(table.booster).fit(table.features, table.targets, table.weights)  # proves every leaf
+        total = made_of.attribute(X_new, of="prediction").sum(axis=0) + made_of.rows_.ensemble.init_scores[0]
+        np.testing.assert_allclose(total, trees.own_output(X_new.astype(np.float32))[:, column], atol=1e-6)
+        boostin = BoostIn(table.booster).fit(table.features, table.targets, table.weights)
+        assert boostin.attribute(X_new, trees.booster_targets(X_new, y_new)[:, column]).shape == (len(table.rows), 7)
+        if is_warm:  # the labels alone are not what they were trained on
+            with pytest.raises(InputError, match="leaf"):
+                BoostIn(table.booster).fit(table.features, trees._label_scaler.transform(y)[table.rows, column], table.weights)
+    with pytest.raises(InputError, match="not been fitted"):
+        InfluenceTrees().booster_tables(X, y)
+
+
+def test_booster_targets_are_residuals_of_the_scores():
+    X, y, _ = data(80)
+    options = {"num_trees": 12, "min_trees": 12, "validation_folds": 0, "num_threads": 1, "label_scale": "none"}
+    trees = InfluenceTrees(**options).fit(X, y, warm_start=InfluenceTrees(**options).fit(*data(80, seed=5)[:2]))
+    left = trees.booster_targets(X, y) - trees.own_output(X.astype(np.float32))
+    np.testing.assert_allclose(left, y - trees.predict(X), rtol=0, atol=1e-5)
 
 
 def test_the_validation_correlation_counts_a_text_by_its_weight():
