@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from oracle.errors import InputError, check_at_least
-from surrogate.planning.overhead import Cost, Expected
+from surrogate.planning.costs import Cost, Expected
 
 Stages: TypeAlias = dict[str, tuple[str, Cost]]  # name -> (paid "once" or "each" refresh or by the "sampled" texts, cost)
 

@@ -15,7 +15,7 @@ from oracle import plugins
 from oracle.methods import needs_of
 from oracle.texts import list_text_ids
 from surrogate.planning.cost_model import Sizes, label_costs, model_state_flops
-from surrogate.planning.overhead import Cost, Expected
+from surrogate.planning.costs import Cost, Expected
 from surrogate.planning.plan_search import METHODS
 from surrogate.planning.sizes import ModelSize, target_size
 from surrogate.predictor import ENCODERS
@@ -30,7 +30,12 @@ COUNTED_TEXTS = 256  # of the candidates, for the mean cost of a text
 
 
 def expected_first(
-    strategy: Any, candidates: Dataset, targets: Sequence[TargetSet], *, lm: LanguageModel | None = None
+    strategy: Any,
+    candidates: Dataset,
+    targets: Sequence[TargetSet],
+    *,
+    lm: LanguageModel | None = None,
+    num_processes: int = 1,
 ) -> Expected:
     """Count what a strategy's first ranking will cost; nothing runs, but texts are tokenised.
 
@@ -42,6 +47,7 @@ def expected_first(
         candidates: The M texts that may be chosen.
         targets: The target sets.
         lm: The live model; without one only frozen encoders cost anything.
+        num_processes: How many processes share the labels; each makes the target gradients for itself.
     """
     drawn = np.sort(np.argsort(np.array(list_text_ids(candidates)), kind="stable")[:COUNTED_TEXTS])
     few, num_candidates = candidates.select(drawn), len(candidates)
@@ -51,7 +57,9 @@ def expected_first(
         text_tokens = float(size.count_tokens(few)[0].mean())
         if strategy.plugin_name == "loss":
             return Expected(fixed=Cost(lm.forward_flops_per_token * text_tokens * num_candidates))
-        labels = _labels(strategy, size, targets, text_tokens=text_tokens, num_candidates=num_candidates)
+        labels = _labels(
+            strategy, size, targets, text_tokens=text_tokens, num_candidates=num_candidates, num_processes=num_processes
+        )
     num_labelled = min(getattr(strategy, "sample_size", 0) + getattr(strategy, "num_probe", 0), num_candidates)
     share = getattr(strategy, "second_share", 0.0)
     first = sum(_flops_per_text(encoder, few, lm) for encoder in getattr(strategy, "encoder", ()))
@@ -60,7 +68,15 @@ def expected_first(
     return Expected(sampled=labels.sampled, fixed=labels.fixed, once=Cost(features))
 
 
-def _labels(strategy: Any, size: ModelSize, targets: Sequence[TargetSet], *, text_tokens: float, num_candidates: int) -> Expected:
+def _labels(
+    strategy: Any,
+    size: ModelSize,
+    targets: Sequence[TargetSet],
+    *,
+    text_tokens: float,
+    num_candidates: int,
+    num_processes: int,
+) -> Expected:
     method = getattr(strategy, "method", None)
     if method is None or not needs_of(plugins.load("oracle.methods", method)).model:
         return Expected()
@@ -77,7 +93,8 @@ def _labels(strategy: Any, size: ModelSize, targets: Sequence[TargetSet], *, tex
         num_targets=num_targets,
         num_rounds=1,
     )
-    fixed, per_label = label_costs(method if method in METHODS else "grad_dot", sizes)
+    once, per_label = label_costs(method if method in METHODS else "grad_dot", sizes)
+    fixed = once * num_processes
     if not hasattr(strategy, "sample_size"):
         return Expected(fixed=Cost(fixed + per_label * num_candidates))
     return Expected(sampled=Cost(per_label * strategy.sample_size), fixed=Cost(fixed + per_label * strategy.num_probe))

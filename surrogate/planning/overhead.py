@@ -16,75 +16,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from oracle.errors import InputError, MismatchError, check_at_least, check_choice
-
-UNITS = ("flops", "seconds")
-UNIT_NAMES = {"flops": "FLOPs", "seconds": "seconds"}
-ROUNDING = 1e-9  # share of the limit by which sums of floats may pass it
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Counted FLOPs and measured seconds."""
-
-    flops: float = 0.0
-    seconds: float = 0.0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.seconds + other.seconds)
-
-    def times(self, factor: float) -> Cost:
-        """Return this cost so many times."""
-        return Cost(self.flops * factor, self.seconds * factor)
-
-    @classmethod
-    def of_stages(cls, stages: Mapping[str, Mapping[str, float]], names: Collection[str] | None = None) -> Cost:
-        """Sum the stages of a ranking, all of them or those that are named."""
-        chosen = [cost for name, cost in stages.items() if names is None or name in names]
-        return cls(*(float(sum(cost.get(unit, 0.0) for cost in chosen)) for unit in UNITS))
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a refresh is expected to cost.
-
-    Attributes:
-        sampled: What grows with the number of labels, for the usual number of them. Seconds that are not known are 0.
-        fixed: What every refresh costs, whatever its sample: target gradients, fitting, scoring.
-        once: What only this refresh pays: features of frozen encoders that are not in the cache yet.
-    """
-
-    sampled: Cost = Cost()
-    fixed: Cost = Cost()
-    once: Cost = Cost()
-
-    def total(self, factor: float = 1.0) -> Cost:
-        """Return the whole cost with this share of the labels."""
-        return self.sampled.times(factor) + self.fixed + self.once
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Whether there is a refresh now.
-
-    Attributes:
-        is_allowed: Whether it keeps the promise.
-        sample_factor: Share of the usual number of labels that fits; 0 where there is no refresh.
-        reason: Why, with the figures, in one sentence.
-        unit: "flops" or "seconds" where one of them made the sample smaller or forbade the refresh, else "".
-    """
-
-    is_allowed: bool
-    sample_factor: float
-    reason: str
-    unit: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON values; `Decision(**values)` is the way back."""
-        return asdict(self)
+from oracle.errors import MismatchError, check_at_least, check_choice
+from surrogate.planning.costs import ROUNDING, UNIT_NAMES, UNITS, Cost, Decision, Expected, check_share, is_within
 
 
 class Overhead:
@@ -143,7 +79,7 @@ class Overhead:
         *,
         num_labels: int = 0,
         sampled: Collection[str] = ("label",),
-        once: Collection[str] = ("features",),
+        once: Collection[str] = ("features", "rest"),
     ) -> Cost:
         """Add what a refresh cost, by stage, and expect the like of the next; return the sum.
 
@@ -183,16 +119,16 @@ class Overhead:
         self.num_refreshes = 0
         self._per_label, self._fixed = Cost(), Cost()
 
-    def expected(self, num_labels: int, *, num_probe: int = 0) -> Expected | None:
+    def expected(self, num_labels: int, *, num_fixed: int = 0) -> Expected | None:
         """What a refresh would cost by the measure of the last one; None before the first.
 
         Args:
-            num_labels: The usual number of labels, the probe's not counted.
-            num_probe: Labels of the probe set, of which there are never fewer.
+            num_labels: The usual number of labels of a sample, which may be made smaller.
+            num_fixed: Labels beside it, of which there are never fewer: those of a probe set, or of a whole pool.
         """
         if not self.num_refreshes:
             return None
-        return Expected(self._per_label.times(num_labels), self._fixed + self._per_label.times(num_probe))
+        return Expected(self._per_label.times(num_labels), self._fixed + self._per_label.times(num_fixed))
 
     # ------------------------------------------------------------------ what may happen
 
@@ -227,7 +163,8 @@ class Overhead:
         check_at_least("num_refreshes", num_refreshes, 1)
         check_share("min_factor", min_factor)
         if self.max_overhead is None:
-            return Decision(True, 1.0, "allowed: costs are counted and not limited (no max_overhead)")
+            told = "allowed: costs are counted and not limited (no max_overhead)"
+            return Decision(True, 1.0, told, flops=expected.total().flops)
         factor, unit = self._factor(expected, coming_flops=coming_flops, num_refreshes=num_refreshes)
         note = ""
         if factor <= 0 or factor < min_factor:
@@ -238,7 +175,7 @@ class Overhead:
         cost = expected.total(factor)
         labels = f" with {factor:.0%} of its labels{note}" if factor < 1 else ""
         figures = self._figures(cost, unit or self._tightest(cost, coming_flops), coming_flops)
-        return Decision(True, factor, f"allowed{labels}: {figures}", unit if factor < 1 else "")
+        return Decision(True, factor, f"allowed{labels}: {figures}", unit if factor < 1 else "", cost.flops)
 
     # ------------------------------------------------------------------ reports
 
@@ -252,7 +189,7 @@ class Overhead:
         """Spent, trained and shares as JSON values; `is_kept` over the training so far, and where not, why not yet."""
         shares = self.share()
         known = {unit: share for unit in self.units if (share := shares[unit]) is not None and self.max_overhead is not None}
-        broken = [unit for unit, share in known.items() if not _within(share, self.max_overhead or 0.0)]
+        broken = [unit for unit, share in known.items() if not is_within(share, self.max_overhead or 0.0)]
         return {
             "max_overhead": self.max_overhead,
             "spent": asdict(self.spent),
@@ -355,19 +292,10 @@ class Overhead:
         """Say in one sentence why the promise is not kept over the training so far."""
         planned = self.share(of="planned")[unit]
         text = f"{self.share()[unit]:.3g} of the training so far went into selecting, by {UNIT_NAMES[unit]}"
-        if planned is not None and _within(planned, self.max_overhead or 0.0):
+        if planned is not None and is_within(planned, self.max_overhead or 0.0):
             return f"{text}; it is {planned:.3g} of the planned training, so the promise is kept if that is done to its end."
-        if self.num_refreshes <= 1:
+        if not self.num_refreshes:
+            return f"{text}, without a refresh: that is what looking at the model, choosing and writing took."
+        if self.num_refreshes == 1:
             return f"{text}; the first refresh came before there was training to measure it by."
         return f"{text}; refreshes cost more than was expected of them, or the training is shorter than was planned."
-
-
-def check_share(name: str, value: float) -> None:
-    """Raise `InputError` unless `value` is a finite number of at least 0."""
-    check_at_least(name, value, 0)
-    if not math.isfinite(value):
-        raise InputError(f"{name}={value!r}.", "a finite share, such as 0.1", f"pass such a share for {name}.")
-
-
-def _within(value: float, limit: float) -> bool:
-    return value <= limit * (1 + ROUNDING)

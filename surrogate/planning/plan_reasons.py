@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from surrogate.planning.cost_model import FIT_SECONDS, TIMED, label_costs
-from surrogate.planning.overhead import UNIT_NAMES
+from surrogate.planning.costs import UNIT_NAMES
 from surrogate.planning.plan_search import (
     CASCADE_CHOICE,
     GOOD_LABELS,
@@ -34,13 +34,19 @@ def alternatives(search: Search, chosen: Choices) -> list[Alternative]:
     whole = replace(
         chosen, sample_size=search.sizes.num_texts, num_refreshes=1, refresh_every=search.sizes.num_rounds, second_encoder=()
     )
-    found.append(_alternative(search, whole, what="labels of the whole pool, once", reason="what the surrogate is there to save"))
+    own_flops, whole_flops = (search.overhead(choices)["flops"] or 0.0 for choices in (chosen, whole))
+    is_dearer = whole_flops > own_flops
+    reason = "what the surrogate is there to save" if is_dearer else "no dearer here than a surrogate: think of strategy='oracle'"
+    found.append(_alternative(search, whole, what="labels of the whole pool, once", reason=reason))
     return found
 
 
 def assumptions(search: Search, chosen: Choices) -> list[str]:
     """Say what the figures rest on."""
     lines = list(search.sizes.assumptions)
+    passes = search.sizes.training_tokens / search.sizes.pool_tokens
+    if passes >= 1:
+        lines.append(f"training goes through the pool {passes:.3g} times, so every text comes up whatever is selected")
     lines.append("a backward pass takes two forward passes; attention scores are left out; rounds are of equal length")
     if search.rates.training_flops_per_second:
         lines.append("labels and features of models run at the speed of training")

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from surrogate.planning.cost_model import Rates, Sizes, label_costs, refresh_stages, total_cost
-from surrogate.planning.overhead import ROUNDING, UNITS, Cost
+from surrogate.planning.costs import ROUNDING, UNITS, Cost
 
 MIN_LABELS, GOOD_LABELS, MAX_LABELS = 200, 300, 2_000
 MAX_REFRESHES = 8

@@ -29,14 +29,17 @@ from transformers.trainer_callback import ExportableState
 
 from oracle.errors import InputError, check_at_least
 from oracle.language_model import DEFAULT_MAX_TOKENS, LanguageModel
-from oracle.text_formats import TEXT_ID
-from oracle.texts import list_text_ids, read_texts
+from oracle.targets import read_targets
+from oracle.texts import read_texts
 from surrogate.training.pool_texts import PoolTexts, collate
-from surrogate.training.refresher import Refresher
+from surrogate.training.refresher import OWN_OPTIONS, Refresher
+from surrogate.training.refresher_options import check_targets, make_strategy
 from surrogate.training.resume_check import check_resumed
-from surrogate.training.round_feed import RoundFeed, metrics_of
+from surrogate.training.round_feed import RoundFeed
+from surrogate.training.round_reports import metrics_of
 from surrogate.training.selected_dataset import SelectedDataset
 from surrogate.training.streaming import StreamRefresher
+from surrogate.training.trainer_checks import check_arguments, check_loader, check_order, inner_optimizer, order_of, rows_in_pool
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -103,7 +106,14 @@ class InfluenceCallback(TrainerCallback, ExportableState):
         self.every, self.keep_autocast = every, keep_autocast
         self._max_tokens, self._tokenizer = max_tokens, tokenizer
         self._stream: StreamRefresher | None = None
-        self._refresher_options = {"targets": targets, "workdir": workdir, "strategy": strategy, **refresher_options}
+        # Targets and strategy now, so that a mistake in them is told before a large model is loaded.
+        shared = (*OWN_OPTIONS, *(() if window is None else ("rounds_per_window",)))
+        own = {name: value for name, value in refresher_options.items() if name in shared}
+        of_strategy = {name: value for name, value in refresher_options.items() if name not in shared}
+        made = make_strategy(strategy, of_strategy, other_options=OWN_OPTIONS)
+        sets = [] if targets is None else read_targets(targets)
+        check_targets(made, sets)
+        self._refresher_options = {"targets": sets or None, "workdir": workdir, "strategy": made, **own}
         if window is None:
             self._texts = PoolTexts(read_texts(pool))
         else:
@@ -115,6 +125,7 @@ class InfluenceCallback(TrainerCallback, ExportableState):
         self._feed: RoundFeed | None = None
         self._args: Any = None
         self._trainer: Any = None
+        self._begun: Any = None  # the state of the training that was begun last
         self._mark_seconds = 0.0  # since when training runs
 
     # ------------------------------------------------------------------ what users call
@@ -144,13 +155,15 @@ class InfluenceCallback(TrainerCallback, ExportableState):
         Raises:
             InputError: It has not got this callback, or its dataset is not made of `callback.pool`, text by text.
         """
-        self._running()
         if self not in trainer.callback_handler.callbacks:
             raise InputError(
                 "a trainer that has not got this callback.",
                 "the trainer that was made with callbacks=[callback]",
                 "pass the callback when the trainer is made.",
             )
+        if self._args is not trainer.args:  # it came by add_callback, after the trainer was made
+            handed = {"model": trainer.model, "processing_class": trainer.processing_class}
+            self.on_init_end(trainer.args, trainer.state, trainer.control, **handed)
         self._trainer = trainer
         if trainer.train_dataset is not self.train_dataset:
             self._adopt(trainer.train_dataset)
@@ -163,13 +176,16 @@ class InfluenceCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer keeps in its checkpoints for this callback."""
-        return {"args": {}, "attributes": {} if self._feed is None else {"feed": self._feed.state_dict()}}
+        if self._feed is None:
+            return {"args": {}, "attributes": {}}
+        return {"args": {}, "attributes": {"feed": self._feed.state_dict(), "order": order_of(self._args)}}
 
     # ------------------------------------------------------------------ hooks
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the length of a round, now that batch size and processes are known."""
-        _check_arguments(args)
+        check_arguments(args)
+        self._trainer, self._begun = None, None
         tokenizer = self._tokenizer if self._tokenizer is not None else kwargs.get("processing_class")
         if tokenizer is None and self._stream is None and self._texts.needs_tokenizer:
             raise InputError(
@@ -190,18 +206,26 @@ class InfluenceCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse a loader that does not fit, and go on where the checkpoint was."""
         feed = self._running()
-        _check_arguments(args)
-        self._check_loader(args, kwargs["train_dataloader"])
+        if state is self._begun:
+            raise InputError(
+                "a trainer that has this callback twice.", "each callback once", "leave one of them out of callbacks=[...]."
+            )
+        self._begun = state
+        check_arguments(args)
+        num_batches = self.every * args.gradient_accumulation_steps
+        loader = kwargs["train_dataloader"]
+        check_loader(loader, self.train_dataset, num_batches=num_batches, is_own_base=self._own_base)
         if state.global_step:
-            stored = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("feed")
-            if stored is None:
+            stored = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+            if not {"feed", "order"} <= set(stored):
                 raise InputError(
                     f"training is resumed at step {state.global_step} from a checkpoint that was saved without this callback.",
                     "a checkpoint of a training with an InfluenceCallback",
                     "load the checkpoint's weights into the model and begin a new training.",
                 )
+            check_order(args, stored["order"])
             check_resumed(kwargs["model"], args, state.global_step)
-            feed.load_state_dict(stored)
+            feed.load_state_dict(stored["feed"])
             if args.dataloader_num_workers and args.dataloader_persistent_workers:
                 warnings.warn(
                     "the resumed training sees the same batches, but dropout draws other numbers than in an uninterrupted one: a "
@@ -226,7 +250,7 @@ class InfluenceCallback(TrainerCallback, ExportableState):
         lm = LanguageModel(
             kwargs["model"],
             self._texts.tokenizer,
-            optimizer=_inner_optimizer(kwargs["optimizer"]),
+            optimizer=inner_optimizer(kwargs["optimizer"]),
             max_tokens=self._texts.max_tokens,
         )
         present, begins = feed.enter(state.global_step, lm)
@@ -248,6 +272,10 @@ class InfluenceCallback(TrainerCallback, ExportableState):
         """Leave out the seconds of the saving."""
         self._mark_seconds = time.perf_counter()
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the account, and say where the promise on cost was not kept."""
+        self._running().finish(state.global_step)
+
     # ------------------------------------------------------------------ parts
 
     def _build(self) -> None:
@@ -267,74 +295,33 @@ class InfluenceCallback(TrainerCallback, ExportableState):
             raise InputError(
                 "the callback belongs to no Trainer yet.",
                 "a Trainer that was made with callbacks=[callback]",
-                "pass it when the Trainer is made; add_callback comes too late to say how long a round is.",
+                "pass it when the Trainer is made, or call callback.attach(trainer) after add_callback.",
             )
         return self._feed
 
     def _adopt(self, base: Any) -> None:
         """Take a dataset that was made of the pool; texts that it has dropped leave the pool as well."""
-        own = [] if self._stream is not None else list_text_ids(self.pool)
-        ids = list(base[TEXT_ID]) if TEXT_ID in (getattr(base, "column_names", None) or ()) else None
-        if ids is None and len(base) == len(own):
-            ids = own
-        row_of = {text_id: row for row, text_id in enumerate(own)}
-        rows = [row_of.get(text_id, -1) for text_id in ids or ()]
-        if not rows or sorted(set(rows)) != rows or rows[0] < 0:
+        if self._stream is not None:
             raise InputError(
-                f"the trainer's dataset has {len(base)} items, not the {len(own)} texts of the pool in their order.",
-                "a dataset whose item i is text i of callback.pool, or with a column text_id",
-                "pass train_dataset=callback.pool, without packing by the trainer (InfluenceCallback(row_tokens=...) packs).",
+                "a stream, and a trainer with a dataset of its own.",
+                "train_dataset=callback.train_dataset",
+                "pass that; the windows of a stream are not known when the trainer is made.",
             )
-        if len(rows) < len(own):
+        if self.train_dataset.row_tokens is not None and "labels" not in (getattr(base, "column_names", None) or ()):
+            raise InputError(
+                "row_tokens, and a trainer's dataset whose items have no labels.",
+                "items with input_ids and labels, or no row_tokens",
+                "leave row_tokens out: packed, such items would be predicted whole, also what the trainer masks.",
+            )
+        rows = rows_in_pool(base, self.pool)
+        if len(rows) < len(self.pool):
             self._texts.pool = self.pool.select(rows)
             self._build()
-        self.train_dataset.base, self.train_dataset.separator, self._own_base = base, None, True
-
-    def _check_loader(self, args: Any, loader: Any) -> None:
-        wanted = self.every * args.gradient_accumulation_steps
-        dataset = getattr(loader, "dataset", None)
-        if dataset is not self.train_dataset or len(loader) != wanted:
-            raise InputError(
-                f"the Trainer's loader has {len(loader)} batches of a {type(dataset).__name__}, and a round {wanted} of this "
-                "callback's train_dataset.",
-                "train_dataset=callback.train_dataset, and the batch size that the Trainer was made with",
-                "pass that dataset, or call callback.attach(trainer) before training; leave batches to the Trainer.",
-            )
+        self.train_dataset.replace_base(base)
+        self._own_base = True
 
     def _report(self, metrics: dict[str, float], state: Any) -> None:
         if self._trainer is not None:
             self._trainer.log(metrics)
         else:
             state.log_history.append({**metrics, "epoch": state.epoch, "step": state.global_step})
-
-
-def _check_arguments(args: Any) -> None:
-    """Refuse what would make a round something else than an epoch of fixed length, or a resume inexact."""
-    strategy = getattr(args, "train_sampling_strategy", "random")
-    refused = (
-        (args.max_steps <= 0, f"max_steps={args.max_steps}", "the number of optimiser steps in max_steps; an epoch is a round"),
-        (args.ignore_data_skip, "ignore_data_skip=True", "False: a resumed round would begin again at its first batch"),
-        (
-            strategy not in ("random", "sequential") or getattr(args, "group_by_length", False),
-            f"train_sampling_strategy={strategy!r}",
-            "'random' or 'sequential': lengths are known only when a round begins",
-        ),
-        (args.auto_find_batch_size, "auto_find_batch_size=True", "False: it would change the length of a round in the middle"),
-        (
-            getattr(args, "restore_callback_states_from_checkpoint", False),
-            "restore_callback_states_from_checkpoint=True",
-            "False: it makes callbacks anew, without pool and targets; this one finds its state by itself",
-        ),
-        (bool(args.deepspeed), "deepspeed", "training without it: weights in parts cannot be measured"),
-        (bool(args.fsdp), "fsdp", "training without it: weights in parts cannot be measured"),
-    )
-    for is_refused, given, accepted in refused:
-        if is_refused:
-            raise InputError(f"TrainingArguments with {given}.", accepted, "change this argument.")
-
-
-def _inner_optimizer(optimizer: Any) -> Any:
-    """The torch optimiser inside Accelerate's."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from oracle.artifacts import fingerprint
 from surrogate.scores import Scores
 from surrogate.selection import Budget, Selection, select
 from surrogate.training.round_store import HeldRanking, mean_by_target
@@ -25,7 +26,7 @@ class Choice:
         rule: Selection rule.
         rule_options: Its options.
         allow_low_fidelity: Whether to select by scores at chance.
-        seed: Seed of the rule and of the order at random.
+        seed: Seed of the rule and of orders at random.
     """
 
     text_ids: Sequence[str]
@@ -42,13 +43,20 @@ class Choice:
         return HeldRanking(-1, Scores(values, text_ids=ids, target_names=[RANDOM]))
 
     def select(
-        self, held: HeldRanking, candidates: np.ndarray, *, size: Mapping[str, int], token_counts: np.ndarray | None
+        self,
+        held: HeldRanking,
+        candidates: np.ndarray,
+        *,
+        index: int,
+        size: Mapping[str, int],
+        token_counts: np.ndarray | None,
     ) -> Selection:
-        """Take the best of the candidates (M,) that the ranking knows.
+        """Take the best of the candidates (M,), which the ranking knows.
 
         Args:
             held: The ranking.
             candidates: Row numbers of the pool.
+            index: The round; a rule with chance draws anew in each.
             size: `num_texts` or `num_tokens`; less is taken where there is less.
             token_counts: (N,) tokens of the pool's texts, for `num_tokens`.
 
@@ -56,8 +64,9 @@ class Choice:
             LowFidelityError: The scores are at chance for a target that the rule looks at.
         """
         rows = {self.text_ids[row]: row for row in candidates}
-        places = [place for place, text_id in enumerate(held.scores.text_ids) if text_id in rows]
-        ids = [held.scores.text_ids[place] for place in places]
+        known = held.scores.text_ids
+        places = [place for place, text_id in enumerate(known) if text_id in rows]
+        ids = [known[place] for place in places]
         counts, budget = None, Budget(texts=min(size.get("num_texts", len(ids)), len(ids)))
         if token_counts is not None:
             counts = token_counts[[rows[text_id] for text_id in ids]]
@@ -72,7 +81,7 @@ class Choice:
             labels=labels if labels is not None and len(labels) else None,
             fidelity=held.fidelity,
             allow_low_fidelity=self.allow_low_fidelity,
-            seed=self.seed,
+            seed=int(fingerprint([self.seed, index])[:8], 16),
             **({} if is_random else self.rule_options),
         )
 

@@ -21,7 +21,11 @@ class MixedPrecisionWarning(UserWarning):
 
 @contextmanager
 def without_autocast(module: nn.Module) -> Iterator[None]:
-    """Run a block with the forward of the module's class, where its own only wraps that one; restored also when it raises."""
+    """Run a block with the forward of the module's class, where its own only wraps that one; restored also when it raises.
+
+    Of a module that `torch.compile` has made, that is the module inside.
+    """
+    module = getattr(module, "_orig_mod", module)
     own = vars(module).get("forward")
     if own is None:
         yield

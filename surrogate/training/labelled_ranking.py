@@ -29,6 +29,7 @@ from surrogate.aggregation import combine
 from surrogate.label_next import order_by_mass
 from surrogate.predictor import ENCODERS, InfluencePredictor
 from surrogate.scores import Scores
+from surrogate.training.ranking_costs import label_costs, ranking_costs
 from surrogate.training.sampling import SAMPLINGS, draw_order, draw_sample
 from surrogate.training.strategies import Ranking, RankingContext
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 OLDEST_LABELS = 6  # refreshes after which labels are dropped whatever they say
-PROBE_FILE, FEATURE_COSTS_FILE = "probe.json", "feature_costs.json"
+PROBE_FILE = "probe.json"
 
 
 @dataclass(kw_only=True)
@@ -60,6 +61,11 @@ class LabelledRanking:
     num_folds: int = option(5, "Folds of the cross-fitting that fidelity is measured by.")
 
     def __post_init__(self) -> None:
+        self.encoder, self.second_encoder = _as_list(self.encoder), _as_list(self.second_encoder)
+        plugins.create("oracle.methods", self.method, dict(self.method_options or {}))
+        for encoder in (*self.encoder, *self.second_encoder):
+            if isinstance(encoder, str):
+                plugins.load(ENCODERS, encoder)
         check_choice("sampling", self.sampling, SAMPLINGS)
         for name, minimum in (("sample_size", 1), ("num_probe", 0), ("keep_labels", 0), ("num_folds", 2)):
             check_at_least(name, getattr(self, name), minimum)
@@ -105,29 +111,29 @@ class LabelledRanking:
     def rank(self, context: RankingContext) -> Ranking:
         """Label a sample at the present checkpoint, fit, and score the candidates."""
         texts = context.candidate_texts()
-        sample_rows, judged = self._draw(context, texts)
+        with working_together() as processes:
+            sample_rows, judged = processes.on_first(lambda: self._draw(context, texts))
         labels = self._label(context, np.concatenate([sample_rows, self._probe_rows(context)]))
         with working_together() as processes:
             return processes.on_first(lambda: self._fit_and_score(context, texts, labels, judged=judged))
 
-    def agreement_now(self, context: RankingContext, ranked: Path) -> dict[str, float]:
+    def agreement_now(self, context: RankingContext, ranked: Path) -> dict[str, Any]:
         """Label the probe at the present checkpoint and compare it with scores and labels of the ranking in `ranked`.
 
         Returns:
             `scores`: mean Spearman over the targets of the probe's scores then with its labels now; `scores_then`: with its
-            labels then; `labels`: of its labels then and now; `seconds` and `flops` of labelling.
+            labels then; `labels`: of its labels then and now; `costs`: of target gradients and labels, by stage.
         """
         now = self._label(context, self._probe_rows(context))
         then = read_json(ranked / PROBE_FILE)
         stale = Labels.load(ranked / "labels").take(now.text_ids)
         scores = np.array([then["scores"][text_id] for text_id in now.text_ids])
-        cost = now.meta["cost"]
+        costs = label_costs(now, num_processes=context.num_processes)
         return {
             "scores": _mean_spearman(scores, now.values),
             "scores_then": _mean_spearman(scores, stale.values),
             "labels": _mean_spearman(stale.values, now.values),
-            "seconds": cost["prepare_seconds"] + cost["label_seconds"],
-            "flops": cost["prepare_flops"] + cost["label_flops"],
+            "costs": {f"drift {stage}": cost for stage, cost in costs.items()},
         }
 
     # ------------------------------------------------------------------ steps
@@ -219,7 +225,7 @@ class LabelledRanking:
             scores=scores,
             labels=fresh,
             fidelity=predictors[-1].fidelity_,
-            costs=_costs(context, labels, predictors, seconds=time.perf_counter() - start_seconds),
+            costs=ranking_costs(context, labels, predictors, seconds=time.perf_counter() - start_seconds),
             facts=facts,
         )
 
@@ -290,38 +296,16 @@ class LabelledRanking:
         return Scores(values, text_ids=scores.text_ids, target_names=scores.target_names)
 
 
+def _as_list(encoders: Any) -> tuple[Any, ...]:
+    """Several encoders, or one alone."""
+    return tuple(encoders) if isinstance(encoders, (list, tuple)) else (encoders,)
+
+
 def _make_encoder(encoder: Any, context: RankingContext) -> Any:
     if not isinstance(encoder, str):
         return encoder
     options = {"model": context.lm, "targets": list(context.targets)} if encoder == "model_state" else {}
     return plugins.create(ENCODERS, encoder, options)
-
-
-def _costs(
-    context: RankingContext, labels: Labels, predictors: Sequence[InfluencePredictor], *, seconds: float
-) -> dict[str, dict[str, float]]:
-    """What a refresh cost, over all processes that worked on it; `seconds` are those of features, fitting and scoring."""
-    cost = labels.meta["cost"]
-    features = _feature_costs(context, [encoder for predictor in predictors for encoder in predictor.encoders])
-    fit = sum(predictor.cost_[key] for predictor in predictors for key in ("fit_seconds", "crossfit_seconds"))
-    return {
-        "targets": {"seconds": cost["prepare_seconds"], "flops": cost["prepare_flops"]},
-        "label": {"seconds": cost["label_seconds"], "flops": cost["label_flops"]},
-        "features": features,
-        "fit": {"seconds": fit, "flops": 0.0},
-        "score": {"seconds": max(seconds - fit - features["seconds"], 0.0), "flops": 0.0},
-    }
-
-
-def _feature_costs(context: RankingContext, encoders: Sequence[Any]) -> dict[str, float]:
-    """What the features of this refresh took: of frozen encoders what came to the cache since the refresh before."""
-    totals = {encoder.key(): context.cache.cost(encoder) for encoder in encoders}
-    write_json(context.folder / FEATURE_COSTS_FILE, totals)
-    before = read_json(context.earlier[-1] / FEATURE_COSTS_FILE) if context.earlier else {}
-    return {
-        unit: sum(total[unit] - before.get(key, {}).get(unit, 0.0) for key, total in totals.items())
-        for unit in ("seconds", "flops")
-    }
 
 
 def _mean_spearman(first: np.ndarray, second: np.ndarray) -> float:

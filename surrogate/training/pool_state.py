@@ -63,12 +63,17 @@ class PoolState:
         """Note that nothing was trained on."""
         self._consumed[:] = False
 
+    @property
+    def free(self) -> np.ndarray:
+        """The rows that may be chosen at the beginning of a pass, ascending."""
+        return np.flatnonzero(~self._reserved)
+
     def candidates(self, size: Mapping[str, int], lm: LanguageModel | None) -> tuple[np.ndarray, bool]:
         """Return the rows that may be chosen, ascending, and whether a new pass over the pool begins.
 
         It does where what is left is less than `size` (`num_texts` or `num_tokens`) asks for.
         """
-        free = np.flatnonzero(~self._reserved)
+        free = self.free
         if not self.consume_once:
             return free, False
         left = np.flatnonzero(~self._reserved & ~self._consumed)

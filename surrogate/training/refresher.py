@@ -4,7 +4,7 @@ Training goes in rounds. At the start of each, the refresher takes the next best
 or first makes a new one: always after so many rounds, or when fresh labels of a small probe no longer agree with the
 stale scores. It knows no framework: `surrogate.training.Rounds` and `InfluenceCallback` call `next_round`.
 
-    refresher.json  rounds.jsonl  features/
+    refresher.json  rounds.jsonl  overhead.json  features/
     round-00003/{ranking/, selection.parquet, round.json}      the last file's existence means complete
 
 A round is a function of the pool, the options, the model and the rounds before it. One that stands on disk with the same
@@ -14,23 +14,16 @@ next call goes on where it was.
 
 from __future__ import annotations
 
-import json
+import inspect
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from oracle import plugins
-from oracle.artifacts import fingerprint
-from oracle.errors import (
-    InputError,
-    InputTypeError,
-    MismatchError,
-    MissingFileError,
-    check_choice,
-)
+from oracle.artifacts import fingerprint, write_json
+from oracle.errors import InputError, MismatchError, MissingFileError, check_choice
 from oracle.processes import working_together
 from oracle.targets import read_targets
 from oracle.texts import list_text_ids, read_texts
@@ -38,32 +31,17 @@ from surrogate.feature_cache import FeatureCache
 from surrogate.planning.overhead import Overhead
 from surrogate.training.choice import Choice
 from surrogate.training.pool_state import PoolState
-from surrogate.training.round_making import RoundMaker, ranked_in
-from surrogate.training.round_store import RoundStore
+from surrogate.training.refresher_options import check_drift, check_model, check_rule, check_targets, describe_run, make_strategy
+from surrogate.training.round_identity import RoundIdentity
+from surrogate.training.round_making import RoundMaker
+from surrogate.training.round_store import Round, RoundStore
 from surrogate.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from oracle.language_model import LanguageModel
 
-STRATEGIES = "surrogate.training.strategies"
 ON_FAILURE = ("continue", "stop")
-
-
-@dataclass(frozen=True)
-class Round:
-    """What to train on until the next round.
-
-    Attributes:
-        index: Number of the round, from 0.
-        rows: (K,) row numbers of the pool, best first.
-        text_ids: K ids.
-        record: The round's row in the table of decisions and costs.
-    """
-
-    index: int
-    rows: np.ndarray
-    text_ids: list[str]
-    record: dict[str, Any]
+OVERHEAD_FILE = "overhead.json"
 
 
 class Refresher:
@@ -83,15 +61,18 @@ class Refresher:
         rule_options: Its options.
         refresh_every: Rounds from one refresh to the next; with `drift_threshold`, from one look at the drift to the next.
         drift_threshold: Refresh only when the stale scores' rank agreement with fresh labels of the probe has fallen below
-            this share of what it was at the last refresh; None refreshes on schedule.
-        consume_once: Do not offer a text again until the pool is spent.
+            this share of what it was at the last refresh, or there was none; None refreshes on schedule.
+        consume_once: Do not offer a text again until the pool is spent. A new pass over it begins with a refresh, if the
+            present ranking does not know all texts.
         warmup_fraction: Share of the rounds, at the beginning, with texts at random; needs `num_rounds`.
         final_fraction: Select only in this share of the rounds, at the end, and train on random texts before; needs
             `num_rounds`. None selects from the start.
-        num_rounds: How many rounds there will be.
+        num_rounds: How many rounds there will be. To go on for longer with a workdir that has `warmup_fraction` or
+            `final_fraction`, pass the number that it was begun with.
         max_overhead: Most that selecting may cost, as a share of training, in counted FLOPs and in seconds.
-        on_failure: What to do when a refresh fails for lack of memory, NaN, or fidelity at chance: "continue" with the
-            ranking before (with random texts, if there is none), or "stop".
+        on_failure: What to do when a refresh, or a look at the drift, fails for lack of memory, NaN, or fidelity at chance:
+            "continue" with the ranking before (with random texts, if there is none), or "stop". After a first ranking that
+            holds for every refusal, too few texts to label for example; before it, a refusal stops the training.
         allow_low_fidelity: Select by scores at chance all the same.
         seed: Decides everything random.
         **strategy_options: Options of the strategy.
@@ -130,7 +111,7 @@ class Refresher:
     ) -> None:
         self.pool = read_texts(pool)
         self.text_ids = list_text_ids(self.pool)
-        self.strategy = _make_strategy(strategy, strategy_options)
+        self.strategy = make_strategy(strategy, strategy_options, other_options=OWN_OPTIONS)
         self.targets = [] if targets is None else read_targets(targets)
         self.store = RoundStore(workdir)
         self.schedule = Schedule.make(
@@ -150,12 +131,29 @@ class Refresher:
         self.overhead = Overhead(max_overhead)
         self.consume_once, self.seed = consume_once, seed
         self.on_failure = check_choice("on_failure", on_failure, ON_FAILURE)
-        self._check()
+        names = [target.name for target in self.targets] if self.strategy.needs_targets else []
+        check_targets(self.strategy, self.targets)
+        check_drift(self.strategy, self.schedule)
+        check_rule(rule, self.choice.rule_options, target_names=names)
         reserved = self.strategy.reserved(self.text_ids, seed=seed) if hasattr(self.strategy, "reserved") else np.zeros(0, int)
         self._state = PoolState(
             self.pool, reserved=reserved, consume_once=consume_once and not self.strategy.redraws, num_tokens=num_tokens
         )
-        self._maker = RoundMaker(
+        self._maker = self._make_maker(cache)
+        self._records: list[dict[str, Any]] = []
+        self._options = describe_run(
+            text_ids=self.text_ids,
+            targets=self.targets,
+            strategy=self.strategy,
+            schedule=self.schedule,
+            choice=self.choice,
+            consume_once=consume_once,
+            max_overhead=max_overhead,
+        )
+        self._identities = RoundIdentity(fingerprint(self._options))
+
+    def _make_maker(self, cache: FeatureCache | str | Path | None) -> RoundMaker:
+        return RoundMaker(
             pool=self._state,
             targets=self.targets,
             strategy=self.strategy,
@@ -165,10 +163,8 @@ class Refresher:
             store=self.store,
             cache=cache if isinstance(cache, FeatureCache) else FeatureCache(cache or self.store.folder / "features"),
             stops_on_failure=self.on_failure == "stop",
-            seed=seed,
+            seed=self.seed,
         )
-        self._records: list[dict[str, Any]] = []
-        self._options = self._describe()
 
     # ------------------------------------------------------------------ what callers use
 
@@ -212,6 +208,7 @@ class Refresher:
                 f"num_texts={num_texts!r} and num_tokens={num_tokens!r}.", "exactly one of the two", "say how large the round is."
             )
         size: dict[str, int] = {"num_tokens": num_tokens} if num_texts is None else {"num_texts": num_texts}  # type: ignore[dict-item]
+        start_seconds = time.perf_counter()
         self.overhead.planned_flops = planned_flops
         self.overhead.observe(flops=trained_flops, seconds=trained_seconds)
         with working_together() as processes:
@@ -221,7 +218,14 @@ class Refresher:
             record = processes.on_first(lambda: self._stored(identity))
             if record is None:
                 record = self._maker.make(
-                    identity, lm, self._records, size=size, step=step, coming_flops=coming_flops, processes=processes
+                    identity,
+                    lm,
+                    self._records,
+                    size=size,
+                    step=step,
+                    coming_flops=coming_flops,
+                    processes=processes,
+                    start_seconds=start_seconds,
                 )
         return self._accept(record)
 
@@ -280,52 +284,31 @@ class Refresher:
         """Return one row per round: why, how well, how much; `rounds.jsonl` in the workdir has the same."""
         return [dict(record) for record in self._records]
 
+    def close_account(self, *, trained_flops: float, trained_seconds: float) -> dict[str, Any]:
+        """Return what selecting cost of the training that was done (see `Overhead.report`), and keep it in `overhead.json`.
+
+        Args:
+            trained_flops: FLOPs of the training, over all processes.
+            trained_seconds: Its seconds, likewise.
+        """
+        self.overhead.observe(flops=trained_flops, seconds=trained_seconds)
+        report = self.overhead.report()
+        with working_together() as processes:
+            processes.on_first(lambda: write_json(self.store.folder / OVERHEAD_FILE, report))
+        return report
+
     # ------------------------------------------------------------------ identity
-
-    def _check(self) -> None:
-        if self.strategy.needs_targets and not self.targets:
-            raise InputError(
-                f"the strategy {self.strategy.plugin_name!r} without target sets.",
-                "a mapping such as {'math': texts}",
-                "name the target sets, or use strategy='random'.",
-            )
-        if self.schedule.drift_threshold is not None and not getattr(self.strategy, "num_probe", 0):
-            raise InputError(
-                f"drift_threshold with the strategy {self.strategy.plugin_name!r} and no probe set.",
-                "strategy='refresh' with num_probe above 0",
-                "leave drift_threshold out, or give the strategy a probe set.",
-            )
-
-    def _describe(self) -> dict[str, Any]:
-        described = {
-            "pool": fingerprint(sorted(self.text_ids)),
-            "targets": {target.name: target.fingerprint for target in self.targets},
-            "strategy": self.strategy.plugin_name,
-            "strategy_options": {key: str(value) for key, value in plugins.options_of(self.strategy).items()},
-            "rule": self.choice.rule,
-            "rule_options": dict(self.choice.rule_options),
-            "refresh_every": self.schedule.refresh_every,
-            "drift_threshold": self.schedule.drift_threshold,
-            "first_selected": self.schedule.first_selected,
-            "consume_once": self.consume_once,
-            "max_overhead": self.overhead.max_overhead,
-            "allow_low_fidelity": self.choice.allow_low_fidelity,
-            "seed": self.seed,
-        }
-        return dict(json.loads(json.dumps(described, default=str)))
 
     def _identity(self, lm: LanguageModel | None, size: Mapping[str, int]) -> dict[str, Any]:
         """Everything that decides the coming round, as JSON values."""
-        index, needs_model = len(self._records), self.strategy.needs_model
-        if needs_model and lm is None:
-            raise InputError(
-                f"the strategy {self.strategy.plugin_name!r} looks at the live model, and there is none.",
-                "an oracle.LanguageModel",
-                "pass next_round(lm, ...).",
-            )
-        may_rank = index >= self.schedule.first_selected and (self.strategy.adapts or ranked_in(self._records) is None)
-        model = lm.fingerprint(optimizer=True) if needs_model and may_rank and lm is not None else None
-        return {"options": fingerprint(self._options), "before": self._chain(), "model": model, "index": index, **size}
+        check_model(self.strategy, lm)
+        return self._identities.of(
+            len(self._records),
+            before=self._chain(),
+            lm=lm,
+            looks_at_model=self.strategy.needs_model and not self._maker.why_not(self._records, size, lm),
+            size=size,
+        )
 
     def _chain(self) -> str:
         return str(self._records[-1]["chain"]) if self._records else ""
@@ -346,19 +329,8 @@ class Refresher:
         return made
 
 
-def _make_strategy(strategy: Any, options: Mapping[str, Any]) -> Any:
-    if isinstance(strategy, str):
-        return plugins.create(STRATEGIES, strategy, dict(options))
-    if not hasattr(strategy, "rank") or not hasattr(strategy, "plugin_name"):
-        raise InputTypeError(
-            f"strategy={strategy!r} has no method rank.",
-            ", ".join(plugins.names(STRATEGIES)) + ", or an object of one of them",
-            "choose a strategy by name.",
-        )
-    if options:
-        raise InputError(
-            f"options {', '.join(options)} beside a strategy object.",
-            "options only with a strategy's name",
-            "set them on the object.",
-        )
-    return strategy
+OWN_OPTIONS = tuple(
+    name
+    for name, parameter in inspect.signature(Refresher).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+)

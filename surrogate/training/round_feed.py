@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from oracle.errors import MismatchError, check_at_least
+from oracle.processes import working_together
 from surrogate.training.full_precision import without_autocast
 from surrogate.training.pool_texts import PoolTexts
-from surrogate.training.refresher import Refresher, Round
-from surrogate.training.selected_dataset import SelectedDataset
+from surrogate.training.refresher import Refresher
+from surrogate.training.round_reports import OverheadWarning, tell
+from surrogate.training.round_store import Round
+from surrogate.training.selected_dataset import UNKNOWN, SelectedDataset
 from surrogate.training.streaming import StreamRefresher
 
 if TYPE_CHECKING:
@@ -26,11 +29,6 @@ if TYPE_CHECKING:
 
 FLOPS_PER_FORWARD = 3.0  # forward and backward
 LENGTH_SAMPLE = 512  # texts whose mean length stands for the pool's
-METRIC_PREFIX = "influence/"
-
-
-class RefreshFailedWarning(UserWarning):
-    """A refresh failed, and training goes on with the ranking before."""
 
 
 class RoundFeed:
@@ -61,9 +59,12 @@ class RoundFeed:
         self.refresher, self.dataset, self.texts = refresher, dataset, texts
         self.every, self.world_size, self.max_steps, self.keep_autocast = every, world_size, max_steps, keep_autocast
         self.present: Round | None = None
-        self._tokens_before, self._tokens_of_round = 0, 0  # trained on before the present round; shown in it
+        self._rounds_counted, self._tokens_before = 0, 0  # whole rounds that were trained on, and their tokens
         self._seconds = 0.0
         self._mean_tokens: tuple[int, float] | None = None  # version of the texts, and their mean length
+        self._version = texts.version
+        self._flops_per_token: float | None = None  # of training; None before the first round
+        self._told: set[type[Warning]] = set()  # what is said once
 
     # ------------------------------------------------------------------ rounds
 
@@ -85,37 +86,54 @@ class RoundFeed:
         wanted = index if begins else index + 1
         if self.refresher.num_rounds_done != wanted:
             self.refresher.rewind(wanted)
+        self._flops_per_token = FLOPS_PER_FORWARD * lm.forward_flops_per_token
         if begins:
-            self._tokens_before += self._tokens_of_round if index else 0
-            self._tokens_of_round = 0
+            self._count_until(index)
             with nullcontext() if self.keep_autocast else without_autocast(lm.module):
                 self.present = self._next(step, lm)
         else:
             self.present = self.refresher.round_at(index)
         self.dataset.select(self.present.rows)
-        self._tokens_of_round = self._count(self.present)
-        if begins and self.present.record["failure"]:
-            warnings.warn(
-                f"the refresh at step {step} failed, and training goes on without it: {self.present.record['failure']}",
-                RefreshFailedWarning,
-                stacklevel=3,
-            )
+        if begins:
+            tell(self.present.record, step=step, repeats=self.dataset.repeats, told=self._told)
         return self.present, begins
+
+    def finish(self, step: int) -> dict[str, Any] | None:
+        """Close the account of a training that ends after `step` steps, and say where it does not keep the promise.
+
+        Returns:
+            What `Refresher.close_account` returns; None of a stream, which has no such account, and where no round began.
+        """
+        if isinstance(self.refresher, StreamRefresher) or self._flops_per_token is None:
+            return None
+        index, done = divmod(step, self.every)
+        self._count_until(index)
+        tokens = self._tokens_before + (self._tokens_of(index) * done / self.every if done else 0.0)
+        report = self.refresher.close_account(
+            trained_flops=self._flops_per_token * tokens, trained_seconds=self._seconds * self.world_size
+        )
+        if report["is_kept"] is False:
+            told = f"selecting cost more than max_overhead={report['max_overhead']:g} of the training: {report['why_not']}"
+            warnings.warn(told, OverheadWarning, stacklevel=3)
+        return report
 
     def _next(self, step: int, lm: LanguageModel) -> Round:
         if isinstance(self.refresher, StreamRefresher):
             self.refresher.open_next()
+            if self._version != self.texts.version:
+                self._version = self.texts.version
+                self.dataset.forget_lengths()
         if self.dataset.row_tokens is None:
             size = {"num_texts": self.dataset.num_items}
         else:
             size = {"num_tokens": self._tokens_to_ask_for()}
-        per_token = FLOPS_PER_FORWARD * lm.forward_flops_per_token
-        coming = per_token * self._tokens_per_round()
+        assert self._flops_per_token is not None
+        coming = self._flops_per_token * self._tokens_per_round()
         return self.refresher.next_round(
             lm,
             **size,
             step=step,
-            trained_flops=per_token * self._tokens_before,
+            trained_flops=self._flops_per_token * self._tokens_before,
             trained_seconds=self._seconds * self.world_size,
             coming_flops=coming,
             planned_flops=None if self.max_steps is None else coming * self.max_steps / self.every,
@@ -130,12 +148,21 @@ class RoundFeed:
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs, as JSON values; rounds themselves are in the refresher's workdir."""
         return {
-            "every": self.every,
-            "num_items": self.dataset.num_items,
+            **self._shape(),
             "refresher": self.refresher.state_dict(),
+            "rounds_counted": self._rounds_counted,
             "tokens_before": self._tokens_before,
-            "tokens_of_round": self._tokens_of_round,
             "seconds": self._seconds,
+        }
+
+    def _shape(self) -> dict[str, Any]:
+        """What must be the same after a resume."""
+        dataset = self.dataset
+        return {
+            "every": self.every,
+            "num_items": dataset.num_items,
+            "row_tokens": dataset.row_tokens,
+            "max_tokens": self.texts.max_tokens,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -145,30 +172,46 @@ class RoundFeed:
             MismatchError: It is of a training with rounds of another size, or of another workdir.
             MissingFileError: The rounds are not in the workdir.
         """
-        for name, value in (("every", self.every), ("num_items", self.dataset.num_items)):
+        for name, value in self._shape().items():
             if state[name] != value:
                 raise MismatchError(
                     f"the checkpoint has rounds of {name}={state[name]}, and now {name}={value}.",
-                    "the same steps per round and items per step (batch size, accumulation, processes) as before",
+                    "the same steps per round, items per step (batch size, accumulation, processes) and tokens as before",
                     "go on with these, or begin a new training.",
                 )
         self.refresher.load_state_dict(state["refresher"])
-        self._tokens_before, self._tokens_of_round = int(state["tokens_before"]), int(state["tokens_of_round"])
+        self._rounds_counted, self._tokens_before = int(state["rounds_counted"]), int(state["tokens_before"])
         self._seconds = float(state["seconds"])
 
     def forget(self) -> None:
         """Go back to the beginning of training."""
         self.refresher.rewind(0)
-        self._tokens_before, self._tokens_of_round, self._seconds = 0, 0, 0.0
+        self._rounds_counted, self._tokens_before, self._seconds = 0, 0, 0.0
+        self._told.clear()
 
     # ------------------------------------------------------------------ tokens
 
-    def _count(self, chosen: Round) -> int:
-        """Tokens that the round shows, with repeats."""
+    def _count_until(self, index: int) -> None:
+        """Count the tokens of the rounds before this one that were not counted yet."""
+        while self._rounds_counted < index:
+            self._tokens_before += self._tokens_of(self._rounds_counted)
+            self._rounds_counted += 1
+
+    def _tokens_of(self, index: int) -> int:
+        """Tokens that a round shows, with repeats; texts that the loaders have shown need not be tokenised again for that."""
         if self.dataset.row_tokens is not None:
             return self.dataset.num_items * self.dataset.row_tokens
-        lengths = np.array([len(text.input_ids) for text in self.texts.encode(chosen.rows.tolist())])
+        rows = self.refresher.round_at(index).rows
+        with working_together() as processes:
+            lengths = np.max(processes.gather(self.dataset.known_lengths(rows)), axis=0)  # each process has shown its part
+        for read in (self.dataset.read_lengths, self._encoded_lengths):
+            missing = np.flatnonzero(lengths == UNKNOWN)
+            if len(missing):
+                lengths[missing] = read(rows[missing])
         return int(np.resize(lengths, self.dataset.num_items).sum())  # resize repeats from the beginning, as the dataset does
+
+    def _encoded_lengths(self, rows: np.ndarray) -> np.ndarray:
+        return np.array([len(text.input_ids) for text in self.texts.encode(rows.tolist())], dtype=np.int64)
 
     def _tokens_per_round(self) -> float:
         """About how many tokens a round shows."""
@@ -188,32 +231,5 @@ class RoundFeed:
         version, num_texts = self.texts.version, len(self.texts.pool)
         if self._mean_tokens is None or self._mean_tokens[0] != version:
             rows = np.unique(np.linspace(0, num_texts - 1, min(LENGTH_SAMPLE, num_texts)).astype(int))
-            self._mean_tokens = version, float(np.mean([len(text.input_ids) for text in self.texts.encode(rows.tolist())]))
+            self._mean_tokens = version, float(np.mean(self._encoded_lengths(rows)))
         return self._mean_tokens[1]
-
-
-def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return what loggers are told of a round: flat names, numbers only; what was not measured is left out.
-
-    `fidelity`, `noise_ceiling`, `selected` and `candidates` (mean predicted influence, in label units) by target; `drift`
-    is 1 minus the rank agreement of the probe's old and new labels; `overhead` is the share of the training so far.
-    """
-    told: dict[str, Any] = {
-        "round": record["index"],
-        "refreshed": int(record["refreshed"]),
-        "failed": int(record["failure"] is not None),
-        "texts": record["num_texts"],
-        "labels": record["num_labels"],
-        "seconds": record["seconds"],
-        "drift": (record["drift"] or {}).get("labels"),
-    }
-    for name, key in (
-        ("fidelity", "fidelity"),
-        ("noise_ceiling", "noise_ceiling"),
-        ("selected", "influence_selected"),
-        ("candidates", "influence_candidates"),
-        ("overhead", "overhead"),
-        ("overhead_planned", "overhead_planned"),
-    ):
-        told |= {f"{name}/{target}": value for target, value in (record[key] or {}).items()}
-    return {METRIC_PREFIX + name: float(value) for name, value in told.items() if value is not None}

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 
 from oracle.artifacts import fingerprint, read_json, write_json
-from oracle.errors import LowFidelityError, NotFiniteError, TooLittleMemoryError
+from oracle.errors import InputError, LowFidelityError, NotFiniteError, TooLittleMemoryError
 from oracle.processes import OtherProcessError, Processes
 from oracle.targets import TargetSet
 from surrogate.feature_cache import FeatureCache
+from surrogate.planning.costs import Decision
 from surrogate.planning.first_cost import expected_first
-from surrogate.planning.overhead import Decision, Overhead
+from surrogate.planning.overhead import Overhead
 from surrogate.selection import Selection
 from surrogate.training.choice import Choice, describe
 from surrogate.training.pool_state import PoolState
@@ -28,6 +29,7 @@ from surrogate.training.strategies import Ranking, RankingContext
 if TYPE_CHECKING:
     from oracle.language_model import LanguageModel
 
+T = TypeVar("T")
 Records: TypeAlias = list[dict[str, Any]]  # of the rounds so far
 
 RECOVERABLE = (NotFiniteError, LowFidelityError, TooLittleMemoryError, torch.OutOfMemoryError, MemoryError)
@@ -49,6 +51,11 @@ class RoundMaker:
     seed: int
     held: HeldRanking | None = field(default=None, init=False)
 
+    def why_not(self, records: Records, size: Mapping[str, int], lm: LanguageModel | None) -> str:
+        """Say why the round after `records` begins without a new ranking; "" where one is due, if it can be afforded."""
+        _, starts_pass = self.pool.candidates(size, lm)
+        return self.schedule.why_not(len(records), ranked_in=self._fresh(records, starts_pass), strategy=self.strategy)
+
     def make(
         self,
         identity: dict[str, Any],
@@ -59,13 +66,14 @@ class RoundMaker:
         step: int,
         coming_flops: float,
         processes: Processes,
+        start_seconds: float,
     ) -> dict[str, Any]:
-        """Make the round after `records` and return its record; all processes call it, the first one writes."""
-        start_seconds = time.perf_counter()
+        """Make the round after `records`, begun at `start_seconds`; all processes call it, the first one writes the record."""
         candidates, starts_pass = self.pool.candidates(size, lm)
         record: dict[str, Any] = {"index": identity["index"], "step": step, "identity": identity, "starts_pass": starts_pass}
-        record |= {"reason": "", "refreshed": False, "drift": None, "failure": None, "costs": {}, "num_labels": 0, "facts": {}}
-        context = self._context(lm, candidates, records, size=size)
+        record |= {"reason": "", "refreshed": False, "drift": None, "failure": None, "left_out": False, "costs": {}, "facts": {}}
+        record |= {"num_labels": 0, "num_ranked": 0}
+        context = self._context(lm, candidates, records, size=size, num_processes=processes.world_size)
         ranking = None
         if self._is_due(context, record, records, coming_flops=coming_flops, processes=processes):
             ranking = self._rank(context, record, processes=processes)
@@ -76,8 +84,9 @@ class RoundMaker:
             if ranking is not None:
                 self.store.save_ranking(record["index"], ranking)
             record.update(describe(held, selection, num_candidates=len(candidates)))
-            self._count(record)
-            record["seconds"] = round(time.perf_counter() - start_seconds, 3)
+            seconds = time.perf_counter() - start_seconds
+            self._count(record, seconds=seconds * processes.world_size)
+            record["seconds"] = round(seconds, 3)
             record["chain"] = fingerprint([identity, selection.text_ids])
             self.store.write(record, selection, records)
             return record
@@ -85,21 +94,37 @@ class RoundMaker:
         return processes.on_first(finish)
 
     def _context(
-        self, lm: LanguageModel | None, candidates: np.ndarray, records: Records, *, size: Mapping[str, int]
+        self, lm: LanguageModel | None, candidates: np.ndarray, records: Records, *, size: Mapping[str, int], num_processes: int
     ) -> RankingContext:
-        refreshed = [record["index"] for record in records if record["refreshed"]]
+        """What the strategy may look at; one that is asked once ranks what was trained on already, too."""
+        ranked = [record["index"] for record in records if record["num_ranked"]]
         return RankingContext(
             pool=self.pool.texts,
-            candidates=candidates,
+            candidates=candidates if self.strategy.adapts else self.pool.free,
             targets=self.targets,
             lm=lm,
             cache=self.cache,
             folder=self.store.ranking_folder(len(records)),
-            earlier=[self.store.ranking_folder(index) for index in refreshed],
-            refresh=len(refreshed),
+            earlier=[self.store.ranking_folder(index) for index in ranked],
+            refresh=len(ranked),
             num_texts=size.get("num_texts", len(candidates)),
             seed=self.seed,
+            num_processes=num_processes,
         )
+
+    def _fresh(self, records: Records, starts_pass: bool) -> int | None:
+        """The round of the newest ranking, if it knows all texts that may be chosen now."""
+        last = ranked_in(records)
+        return last if last is not None and last == self._complete(records, starts_pass) else None
+
+    def _complete(self, records: Records, starts_pass: bool) -> int | None:
+        """The newest ranking that knows all texts that may be chosen now: of this pass over the pool, or of the whole pool."""
+        is_of_pass = not starts_pass
+        for record in reversed(records):
+            if record["refreshed"] and (is_of_pass or record["num_ranked"] == len(self.pool.free)):
+                return int(record["index"])
+            is_of_pass = is_of_pass and not record["starts_pass"]
+        return None
 
     def _is_due(
         self,
@@ -111,27 +136,29 @@ class RoundMaker:
         processes: Processes,
     ) -> bool:
         """Decide whether the pool is ranked anew; the record gets the reason, the drift and what looking at it cost."""
-        index = int(record["index"])
-        last = None if record["starts_pass"] else ranked_in(records)
-        record["reason"] = self.schedule.why_not(index, ranked_in=last, strategy=self.strategy)
+        last = self._fresh(records, record["starts_pass"])
+        record["reason"] = self.schedule.why_not(int(record["index"]), ranked_in=last, strategy=self.strategy)
         if record["reason"]:
             return False
         decision = processes.on_first(lambda: self._afford(context, record, coming_flops=coming_flops))
         record["overhead_decision"], record["reason"] = decision.as_dict(), decision.reason
         if not decision.is_allowed:
+            record["left_out"] = True
             return False
+        fewer = "" if decision.sample_factor >= 1 else f", with {decision.sample_factor:.0%} of its labels"
         if last is None:
-            record["reason"] = "a new pass over the pool begins" if record["starts_pass"] else "first ranking"
-        elif self.schedule.drift_threshold is None:
-            record["reason"] = "refresh on schedule"
-        else:
-            with stepping(context.lm):
-                found = self.strategy.agreement_now(context, self.store.ranking_folder(last))
-            has_drifted, record["reason"] = self.schedule.has_drifted(found)
-            record["drift"] = drift_of(found)
-            record["costs"] = {"drift": {"seconds": found["seconds"], "flops": found["flops"]}}
-            return has_drifted
-        return True
+            record["reason"] = ("first ranking" if ranked_in(records) is None else "a new pass over the pool begins") + fewer
+            return True
+        if self.schedule.drift_threshold is None:
+            record["reason"] = f"refresh on schedule{fewer}"
+            return True
+        folder = self.store.ranking_folder(last)
+        found = self._attempt(lambda: self.strategy.agreement_now(context, folder), context, record, processes=processes)
+        if found is None:
+            return False
+        has_drifted, record["reason"] = self.schedule.has_drifted(found)
+        record["drift"], record["costs"] = drift_of(found), dict(found["costs"])
+        return has_drifted
 
     def _afford(self, context: RankingContext, record: dict[str, Any], *, coming_flops: float) -> Decision:
         """Ask the account, once: seconds may have decided, and a refresh that is taken up again has to go on as it began."""
@@ -139,18 +166,23 @@ class RoundMaker:
         self.store.begin_ranking(index, record["identity"])
         path = self.store.ranking_folder(index) / "decision.json"
         if not path.exists():
-            labels = {
-                "num_labels": int(getattr(self.strategy, "sample_size", 0)),
-                "num_probe": int(getattr(self.strategy, "num_probe", 0)),
-            }
-            expected = self.overhead.expected(**labels)
+            has_sample = hasattr(self.strategy, "sample_size")  # without one, all candidates get whatever labels there are
+            num_labels = int(self.strategy.sample_size) if has_sample else 0
+            num_fixed = int(getattr(self.strategy, "num_probe", 0)) if has_sample else len(context.candidates)
+            expected = self.overhead.expected(num_labels, num_fixed=num_fixed)
             if expected is None:
-                expected = expected_first(self.strategy, context.candidate_texts(), self.targets, lm=context.lm)
+                expected = expected_first(
+                    self.strategy,
+                    context.candidate_texts(),
+                    self.targets,
+                    lm=context.lm,
+                    num_processes=context.num_processes,
+                )
             decision = self.schedule.afford(
                 index,
                 self.overhead,
                 expected,
-                sample_size=labels["num_labels"],
+                sample_size=num_labels,
                 adapts=bool(self.strategy.adapts),
                 coming_flops=coming_flops,
             )
@@ -158,13 +190,35 @@ class RoundMaker:
         return Decision(**read_json(path))
 
     def _rank(self, context: RankingContext, record: dict[str, Any], *, processes: Processes) -> Ranking | None:
-        """Ask the strategy; a failure that training can live with goes into the record, on all processes alike."""
+        """Ask the strategy, and note what it cost; None where it failed."""
+        factor = float(record["overhead_decision"]["sample_factor"])
+        ranking: Ranking | None = self._attempt(
+            lambda: self.strategy.rank(replace(context, sample_factor=factor)), context, record, processes=processes
+        )
+        if ranking is None:
+            return None
+        costs = dict(ranking.costs)
+        if record["drift"]:  # the probe's labels are among those of the refresh; the target gradients were made twice
+            costs["drift targets"] = record["costs"]["drift targets"]
+        record["refreshed"], record["costs"], record["facts"] = True, costs, dict(ranking.facts)
+        record["num_labels"], record["num_ranked"] = int(ranking.facts.get("num_labelled", 0)), len(context.candidates)
+        return ranking
+
+    def _attempt(
+        self, action: Callable[[], T], context: RankingContext, record: dict[str, Any], *, processes: Processes
+    ) -> T | None:
+        """Return what `action` returns, or None where it failed in a way that training can live with, on all processes alike.
+
+        The record gets the failure. How far it came is not known, so it is charged what it was expected to take. A refusal
+        (`InputError`) stops the first ranking, which would fail again and again, and is lived with later.
+        """
         start_seconds = time.perf_counter()
-        ranking, failure = None, ""
+        result, failure = None, ""
+        recoverable = (*RECOVERABLE, InputError) if context.earlier else RECOVERABLE
         try:
             with stepping(context.lm):
-                ranking = self.strategy.rank(replace(context, sample_factor=float(record["overhead_decision"]["sample_factor"])))
-        except (*RECOVERABLE, OtherProcessError) as error:
+                result = action()
+        except (*recoverable, OtherProcessError) as error:
             failure = f"{type(error).__name__}: {error}"
             if self.stops_on_failure:
                 processes.gather((False, failure))
@@ -181,16 +235,13 @@ class RoundMaker:
                 "mend what that process says and run all of them again; what is finished is kept.",
             )
         failures = [told for _, told in found if told]
-        if failures:
-            own = [told for told in failures if not told.startswith(OtherProcessError.__name__)]
-            record["failure"] = (own or failures)[0]
-            record["costs"] = {"failed refresh": {"seconds": time.perf_counter() - start_seconds, "flops": 0.0}}
-            return None
-        assert ranking is not None
-        record["refreshed"] = True
-        record["costs"] = dict(ranking.costs)  # the probe's labels, if drift was looked at, are among those of the refresh
-        record["facts"], record["num_labels"] = dict(ranking.facts), int(ranking.facts.get("num_labelled", 0))
-        return ranking
+        if not failures:
+            return result
+        own = [told for told in failures if not told.startswith(OtherProcessError.__name__)]
+        record["failure"] = (own or failures)[0]
+        seconds = (time.perf_counter() - start_seconds) * processes.world_size
+        record["costs"]["failed refresh"] = {"seconds": seconds, "flops": float(record["overhead_decision"]["flops"])}
+        return None
 
     def _choose(
         self,
@@ -202,33 +253,39 @@ class RoundMaker:
         size: Mapping[str, int],
         token_counts: np.ndarray | None,
     ) -> tuple[HeldRanking, Selection]:
-        """Select by the new ranking; where its fidelity is at chance, by the one before, or at random."""
+        """Select by the new ranking; where its scores are NaN or at chance, by the one before, or at random."""
+        index = int(record["index"])
         if ranking is not None:
-            new = HeldRanking(record["index"], ranking.scores, ranking.labels, ranking.fidelity)
+            new = HeldRanking(index, ranking.scores, ranking.labels, ranking.fidelity)
             try:
-                return new, self.choice.select(new, candidates, size=size, token_counts=token_counts)
-            except LowFidelityError as error:
+                return new, self.choice.select(new, candidates, index=index, size=size, token_counts=token_counts)
+            except (LowFidelityError, NotFiniteError) as error:
                 if self.stops_on_failure:
                     raise
                 record["failure"], record["refreshed"] = f"{type(error).__name__}: {error}", False
-        held = self._present(candidates, records)
-        return held, self.choice.select(held, candidates, size=size, token_counts=token_counts)
+        held = self._present(candidates, self._complete(records, record["starts_pass"]))
+        return held, self.choice.select(held, candidates, index=index, size=size, token_counts=token_counts)
 
-    def _present(self, candidates: np.ndarray, records: Records) -> HeldRanking:
-        """The ranking in use, if it knows any of the candidates; else an order at random."""
-        last = ranked_in(records)
-        if last is None:
+    def _present(self, candidates: np.ndarray, ranked: int | None) -> HeldRanking:
+        """The ranking made in round `ranked`; an order at random where there is none."""
+        if ranked is None:
             return self.choice.at_random(candidates)
-        if self.held is None or self.held.round != last:
-            self.held = self.store.load_ranking(last)
-        known = set(self.held.scores.text_ids)
-        return self.held if any(self.pool.text_ids[row] in known for row in candidates) else self.choice.at_random(candidates)
+        if self.held is None or self.held.round != ranked:
+            self.held = self.store.load_ranking(ranked)
+        return self.held
 
-    def _count(self, record: dict[str, Any]) -> None:
-        """Bring what the round cost into the account, and the account into the record."""
-        if "label" in record["costs"] or record["refreshed"]:
+    def _count(self, record: dict[str, Any], *, seconds: float) -> None:
+        """Bring what the round cost into the account, and the account into the record.
+
+        What is left of the `seconds` of all processes, beside the stages that were timed, went into looking at the state of
+        the model, choosing and writing.
+        """
+        rest = max(seconds - sum(cost["seconds"] for cost in record["costs"].values()), 0.0)
+        record["costs"]["rest"] = {"seconds": rest, "flops": 0.0}
+        if record["num_ranked"]:
             is_live = bool(record["facts"].get("live_features"))
-            self.overhead.record(record["costs"], num_labels=record["num_labels"], once=() if is_live else ("features",))
+            once = ("rest",) if is_live else ("rest", "features")
+            self.overhead.record(record["costs"], num_labels=record["num_labels"], once=once)
         else:
             self.overhead.spend(record["costs"])
         record["account"], record["overhead"] = self.overhead.state_dict(), self.overhead.share(of="trained")

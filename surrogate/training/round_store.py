@@ -26,6 +26,24 @@ from surrogate.selection import Selection
 from surrogate.training.strategies import Ranking
 
 OPTIONS_FILE, TABLE_FILE, ROUND_FILE, SELECTION_FILE = "refresher.json", "rounds.jsonl", "round.json", "selection.parquet"
+VALUE_PREFIX = "value."  # of the columns by which texts were ranked, one for each target set, whatever that is called
+
+
+@dataclass(frozen=True)
+class Round:
+    """What to train on until the next round.
+
+    Attributes:
+        index: Number of the round, from 0.
+        rows: (K,) row numbers of the pool, best first.
+        text_ids: K ids.
+        record: The round's row in the table of decisions and costs.
+    """
+
+    index: int
+    rows: np.ndarray
+    text_ids: list[str]
+    record: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -133,7 +151,7 @@ class RoundStore:
                 "text_id": selection.text_ids,
                 "reason": selection.reasons,
                 "combined": selection.combined,
-                **{name: selection.values[:, column] for column, name in enumerate(selection.target_names)},
+                **{VALUE_PREFIX + name: selection.values[:, column] for column, name in enumerate(selection.target_names)},
             }
         )
         with atomic_path(self.round_folder(index) / SELECTION_FILE) as partial:

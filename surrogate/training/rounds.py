@@ -14,19 +14,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from oracle.errors import InputError, MismatchError, check_at_least
+from oracle.errors import InputError, InputTypeError, MismatchError, check_at_least
+from oracle.language_model import LanguageModel
 from surrogate.training.pool_texts import PoolTexts, collate
-from surrogate.training.refresher import Refresher, Round
-from surrogate.training.round_feed import RoundFeed, metrics_of
+from surrogate.training.refresher import Refresher
+from surrogate.training.round_feed import RoundFeed
+from surrogate.training.round_reports import metrics_of
+from surrogate.training.round_store import Round
 from surrogate.training.selected_dataset import SelectedDataset, mixed
 from surrogate.training.streaming import StreamRefresher
-
-if TYPE_CHECKING:
-    from oracle.language_model import LanguageModel
 
 OWN_LOADER_OPTIONS = ("dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "collate_fn", "generator")
 
@@ -80,6 +80,12 @@ class Rounds:
         seed: int = 0,
         loader_options: Mapping[str, Any] | None = None,
     ) -> None:
+        if not isinstance(refresher, (Refresher, StreamRefresher)) or not isinstance(lm, LanguageModel):
+            raise InputTypeError(
+                f"Rounds({type(refresher).__name__}, {type(lm).__name__}).",
+                "a Refresher or StreamRefresher, and an oracle.LanguageModel",
+                "write Rounds(Refresher(pool, targets, workdir=...), oracle.LanguageModel(module, tokenizer, optimizer), ...).",
+            )
         sizes = {"every": every, "batch_size": batch_size, "max_steps": max_steps, "grad_accumulation": grad_accumulation}
         for name, value in sizes.items():
             check_at_least(name, value, 1)
@@ -138,6 +144,7 @@ class Rounds:
                 start_seconds = time.perf_counter()
                 yield _to_device(batch, self.lm.device)
                 self.feed.add_seconds(time.perf_counter() - start_seconds)
+        self.feed.finish(self.step)
 
     def _places(self, index: int) -> list[list[int]]:
         """This process's micro-batches of the round that are still to come."""

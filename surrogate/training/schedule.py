@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from oracle.errors import InputError, check_at_least
-from surrogate.planning.overhead import Decision, Expected, Overhead
+from surrogate.planning.costs import Decision, Expected
+from surrogate.planning.overhead import Overhead
 
 MIN_LABELS = 200  # a refresh with fewer is not worth its cost
 
@@ -103,15 +105,17 @@ class Schedule:
             min_factor=min(MIN_LABELS / sample_size, 1.0) if sample_size else 0.0,
         )
 
-    def has_drifted(self, found: dict[str, float]) -> tuple[bool, str]:
+    def has_drifted(self, found: Mapping[str, Any]) -> tuple[bool, str]:
         """Say whether what `agreement_now` found calls for a refresh, and why."""
         assert self.drift_threshold is not None
         now, then = found["scores"], found["scores_then"]
-        is_past = then > 0 and now < self.drift_threshold * then  # scores that never agreed cannot agree less
         told = f"scores agree {now:.2f} with fresh labels of the probe, {then:.2f} at the last refresh"
+        if then <= 0:  # nothing to fall from, and nothing worth keeping
+            return True, f"{told}: they never agreed"
+        is_past = now < self.drift_threshold * then
         return is_past, f"{told}: {'below' if is_past else 'not below'} {self.drift_threshold:g} of it"
 
 
-def drift_of(found: dict[str, float]) -> dict[str, Any]:
+def drift_of(found: Mapping[str, Any]) -> dict[str, Any]:
     """What the table of rounds says of the drift: 1 minus the rank agreement of the probe's labels then and now."""
     return {"labels": 1 - found["labels"], "scores_agree": found["scores"], "scores_agreed": found["scores_then"]}

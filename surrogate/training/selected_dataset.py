@@ -8,7 +8,7 @@ a loader is `1 + workers x prefetch` batches ahead of training.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from oracle.encoding import IGNORED
 from oracle.errors import InputError, check_at_least
 
 Item = Any
+UNKNOWN = -1  # tokens of a text that was not shown yet
 
 
 class SelectedDataset(torch.utils.data.Dataset):
@@ -59,6 +60,7 @@ class SelectedDataset(torch.utils.data.Dataset):
         self._rows = torch.zeros(capacity, dtype=torch.long).share_memory_()
         self._starts = torch.zeros(capacity + 1, dtype=torch.long).share_memory_()  # of each text in the joined tokens
         self._num_selected = torch.zeros(1, dtype=torch.long).share_memory_()
+        self._lengths = _unknown(base)
         if num_items is not None:
             self.resize(num_items)
 
@@ -95,13 +97,38 @@ class SelectedDataset(torch.utils.data.Dataset):
             self._join(chosen.tolist())
         self._num_selected.fill_(len(chosen))
 
+    def replace_base(self, base: Any, *, separator: int | None = None) -> None:
+        """Show other items in the place of the base's, of the same texts or of some of them."""
+        self.base, self.separator = base, separator
+        self._lengths = _unknown(base)
+
+    def forget_lengths(self) -> None:
+        """Note that the base has other texts now."""
+        self._lengths.fill_(UNKNOWN)
+
+    def known_lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of rows of the base that this process or its workers have shown, (K,); `UNKNOWN` of the others."""
+        return self._lengths.numpy()[rows].astype(np.int64)
+
+    def read_lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of rows of the base, (K,), which are read for that; `UNKNOWN` of items without `input_ids`."""
+        return np.array([_num_tokens(item) for item in _take(self.base, rows.tolist())], dtype=np.int64)
+
+    @property
+    def repeats(self) -> float:
+        """How often a round shows what is selected."""
+        count = int(self._num_selected)
+        if self.row_tokens is None:
+            return self.num_items / max(count, 1)
+        return self.num_items * self.row_tokens / max(int(self._starts[count]), 1)
+
     @property
     def selected(self) -> np.ndarray:
         """The rows of the base that are selected (K,)."""
         return self._rows[: int(self._num_selected)].numpy().copy()
 
     def __len__(self) -> int:
-        return self.num_items
+        return max(self.num_items, 1)  # 1 until `resize`: a Trainer whose callback has not said more then fails at the first item
 
     def __getitem__(self, place: int) -> Item:
         return self.__getitems__([place])[0]
@@ -109,13 +136,20 @@ class SelectedDataset(torch.utils.data.Dataset):
     def __getitems__(self, places: Sequence[int]) -> list[Item]:
         count = int(self._num_selected)
         if not count:
-            raise InputError("an item of a dataset with nothing selected.", "a selection", "call select(rows) first.")
+            raise InputError(
+                "an item of a dataset with nothing selected.",
+                "a selection",
+                "call select(rows) first; under a Trainer that is done by the InfluenceCallback, in callbacks=[...].",
+            )
         for place in places:
             if not 0 <= place < self.num_items:
                 raise IndexError(f"place {place} of {self.num_items}")
         if self.row_tokens is not None:
             return [self._packed_row(int(place), count) for place in places]
-        return _take(self.base, [int(self._rows[int(place) % count]) for place in places])
+        rows = [int(self._rows[int(place) % count]) for place in places]
+        items = _take(self.base, rows)
+        self._lengths.numpy()[rows] = [_num_tokens(item) for item in items]
+        return items
 
     # ------------------------------------------------------------------ packing
 
@@ -155,6 +189,14 @@ class SelectedDataset(torch.utils.data.Dataset):
                 labels += [*own_labels, self.separator]
         chosen = slice(skipped, needed)
         return {"input_ids": ids[chosen], "labels": labels[chosen]}
+
+
+def _num_tokens(item: Item) -> int:
+    return len(item["input_ids"]) if isinstance(item, Mapping) and "input_ids" in item else UNKNOWN
+
+
+def _unknown(base: Any) -> torch.Tensor:
+    return torch.full((len(base),), UNKNOWN, dtype=torch.int32).share_memory_()
 
 
 def _take(base: Any, rows: list[int]) -> list[Item]:

@@ -27,7 +27,8 @@ from oracle.errors import InputError, MismatchError, MissingFileError, check_at_
 from oracle.processes import working_together
 from oracle.texts import list_text_ids, read_texts, write_texts
 from surrogate.training.pool_texts import PoolTexts
-from surrogate.training.refresher import Refresher, Round
+from surrogate.training.refresher import Refresher
+from surrogate.training.round_store import Round
 
 if TYPE_CHECKING:
     from datasets import Dataset

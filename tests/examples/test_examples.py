@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from surrogate import corpora
+
 FOLDER = Path(__file__).parents[2] / "examples"
-SIZES = {"num_texts": 160, "every": 15, "sample_size": 60}
+SIZES = {"num_texts": 160, "every": 15, "sample_size": 30}
 
 
 def load(name):
@@ -23,7 +25,22 @@ def test_every_example_is_run_here():
     assert {path.stem for path in FOLDER.glob("*.py")} == {"plain_pytorch", "accelerate_loop", "huggingface_trainer"}
 
 
+@pytest.fixture(scope="module")
+def corpus():
+    return corpora.load("python_library", num_texts=SIZES["num_texts"])  # read once, which takes longer than a training
+
+
+@pytest.fixture
+def reads_once(corpus, monkeypatch):
+    def load_corpus(name, *, num_texts):
+        assert (name, num_texts) == ("python_library", SIZES["num_texts"])
+        return corpus
+
+    monkeypatch.setattr(corpora, "load", load_corpus)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("reads_once")
 @pytest.mark.parametrize("name", ["plain_pytorch", "accelerate_loop", "huggingface_trainer"])
 def test_an_example_runs_and_when_run_again_goes_on_at_its_checkpoint(name, tmp_path, capsys):
     example = load(name)

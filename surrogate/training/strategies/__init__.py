@@ -41,16 +41,18 @@ class RankingContext:
 
     Attributes:
         pool: The N texts of the pool, with `text_id`.
-        candidates: (M,) row numbers of the texts that may be chosen, ascending.
+        candidates: (M,) row numbers of the texts to rank, ascending: those that may be chosen, or, for a strategy that is
+            asked once, all that ever may.
         targets: The target sets; empty where there are none.
         lm: The live model with its optimiser; None where there is none.
         cache: Features of frozen encoders, shared by all refreshes.
         folder: Where this refresh keeps its files.
-        earlier: Folders of earlier refreshes, oldest first.
+        earlier: Folders of earlier refreshes, oldest first, also of those whose scores turned out to be at chance.
         refresh: Number of this refresh, from 0.
         num_texts: How many texts the coming rounds will take of this ranking, as far as is known.
         seed: Seed of everything random; the same for all refreshes.
         sample_factor: Share of the strategy's usual number of labels that the overhead allows, up to 1.
+        num_processes: How many processes work together; what one does while the others wait costs the time of all.
     """
 
     pool: Dataset
@@ -64,6 +66,7 @@ class RankingContext:
     num_texts: int = 1
     seed: int = 0
     sample_factor: float = 1.0
+    num_processes: int = 1
 
     def candidate_texts(self) -> Dataset:
         """Return the candidates as texts."""
@@ -78,7 +81,7 @@ class Ranking:
         scores: (M, C) scores with text_ids; higher is better.
         labels: Measured influence of some of them, by which those are ranked; None where nothing was measured.
         fidelity: Held-out fidelity of the scores; None where they are no predictions.
-        costs: Stage -> `seconds` and counted `flops`.
+        costs: Stage -> `seconds`, summed over all processes, and counted `flops`.
         facts: Further numbers for the table of rounds, as JSON values.
     """
 

@@ -97,7 +97,7 @@ class Dsir:
             drawn = [uniform(ids, salt=f"dsir:{context.seed}:{name}") for name in names]
             log_weights = log_weights - np.log(-np.log(np.stack(drawn, axis=1)))
         scores = Scores(log_weights, text_ids=ids, target_names=names)
-        return Ranking(scores=scores, costs={"score": {"seconds": seconds, "flops": 0.0}})
+        return Ranking(scores=scores, costs={"score": {"seconds": seconds * context.num_processes, "flops": 0.0}})
 
     def _log_weights(self, context: RankingContext) -> np.ndarray:
         """Return the candidates' log weights for every target set: (M, C)."""

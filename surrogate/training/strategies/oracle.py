@@ -11,6 +11,7 @@ from oracle.methods import needs_of
 from oracle.plugins import option
 from oracle.texts import list_text_ids
 from surrogate.scores import Scores
+from surrogate.training.ranking_costs import label_costs
 from surrogate.training.strategies import Ranking, RankingContext
 
 METHODS = "oracle.methods"
@@ -73,11 +74,10 @@ class Oracle:
             halves=False,
             **dict(self.method_options or {}),
         ).take(list_text_ids(texts))
-        cost = labels.meta["cost"]
-        spent = {unit: float(cost[f"prepare_{unit}"] + cost[f"label_{unit}"]) for unit in ("seconds", "flops")}
+        costs = label_costs(labels, num_processes=context.num_processes)
         return Ranking(
             scores=Scores(labels.values, text_ids=labels.text_ids, target_names=labels.target_names),
             labels=labels,
-            costs={"label": spent},
+            costs=costs,
             facts={"num_labelled": len(labels)},
         )

@@ -13,6 +13,7 @@ from oracle import plugins
 from oracle.plugins import option
 from oracle.texts import list_text_ids
 from surrogate.scores import Scores
+from surrogate.training.ranking_costs import label_costs
 from surrogate.training.strategies import Ranking, RankingContext
 
 METHOD = "target_similarity"
@@ -61,8 +62,8 @@ class TargetSimilarity:
             halves=False,
             **plugins.options_of(self),
         ).take(list_text_ids(texts))
-        cost = ranked.meta["cost"]
-        spent = {unit: float(cost[f"prepare_{unit}"] + cost[f"label_{unit}"]) for unit in ("seconds", "flops")}
+        costs = label_costs(ranked, num_processes=context.num_processes).values()
+        spent = {unit: sum(cost[unit] for cost in costs) for unit in ("seconds", "flops")}
         return Ranking(
             scores=Scores(ranked.values, text_ids=ranked.text_ids, target_names=ranked.target_names),
             costs={"score": spent},

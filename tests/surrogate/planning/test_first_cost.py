@@ -29,6 +29,8 @@ def test_labels_of_the_whole_pool_cost_what_is_expected_of_them(world):
     expected = expected_first(Refresh(sample_size=30, num_probe=0), pool, targets, lm=lm)
     assert expected.sampled.flops == pytest.approx(cost["label_flops"]) and expected.once.flops == 0.0
     assert expected.fixed.flops == pytest.approx(cost["prepare_flops"])
+    shared = expected_first(Refresh(sample_size=30, num_probe=0), pool, targets, lm=lm, num_processes=3)
+    assert shared.fixed.flops == pytest.approx(3 * cost["prepare_flops"]) and shared.sampled == expected.sampled
     everything = expected_first(Oracle(method="grad_dot"), pool, targets, lm=lm)
     assert everything.fixed.flops == pytest.approx(cost["label_flops"] + cost["prepare_flops"]) and not everything.sampled.flops
     assert expected_first(Oracle(method="target_similarity"), pool, targets, lm=lm).total().flops == 0.0

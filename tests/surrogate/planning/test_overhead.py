@@ -7,7 +7,8 @@ import json
 import pytest
 
 from oracle.errors import InputError, MismatchError
-from surrogate.planning.overhead import Cost, Decision, Expected, Overhead
+from surrogate.planning.costs import Cost, Decision, Expected
+from surrogate.planning.overhead import Overhead
 
 
 def refresh(labels: float, *, fixed: float = 0.0, features: float = 0.0, seconds: float = 0.0) -> dict:
@@ -109,7 +110,7 @@ def test_the_next_refresh_is_expected_to_cost_what_the_last_one_did_without_froz
     account = Overhead(0.1, planned_flops=1e6)
     assert account.expected(10) is None
     account.record(refresh(100.0, fixed=7.0, features=500.0, seconds=4.0), num_labels=20)
-    assert account.expected(10, num_probe=2) == Expected(sampled=Cost(50.0, 2.0), fixed=Cost(17.0, 0.4))
+    assert account.expected(10, num_fixed=2) == Expected(sampled=Cost(50.0, 2.0), fixed=Cost(17.0, 0.4))
     account.record(refresh(100.0, fixed=7.0, features=500.0), num_labels=20, once=())
     assert account.expected(0).fixed.flops == 507.0
 

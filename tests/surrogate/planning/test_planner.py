@@ -306,3 +306,13 @@ def test_a_method_that_is_asked_for_is_planned_with_its_own_cost():
     assert found.choices.method == "one_step"
     # 2e6 * (3 * 100 + 1000) per label
     assert found.costs["labels"].flops == pytest.approx(found.choices.sample_size * found.choices.num_refreshes * 2.6e9)
+
+
+def test_a_pool_that_is_used_up_or_cheaply_labelled_as_a_whole_is_told():
+    small = plan(1e9, num_pool_texts=6_000, text_tokens=115, training_tokens=2e9, target_tokens=24_000)
+    assert any("through the pool 2.9e+03 times" in line for line in small.assumptions)
+    whole = {other.what: other for other in small.alternatives}["labels of the whole pool, once"]
+    assert whole.share["flops"] < small.overhead["flops"] and "strategy='oracle'" in whole.reason
+    large = plan(1e9, **LARGE)
+    assert not any("through the pool" in line for line in large.assumptions)
+    assert "there to save" in {other.what: other for other in large.alternatives}["labels of the whole pool, once"].reason

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import hashlib
+import json
 import random
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import ClassVar
 
 import datasets
 import numpy as np
@@ -20,34 +18,13 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 import oracle
 from oracle.errors import InputError, MismatchError, MissingFileError, NotFiniteError
-from surrogate.scores import Scores
 from surrogate.training import InfluenceCallback
 from surrogate.training.callback import InexactDropoutWarning, UnreportedWarning
-from surrogate.training.round_feed import RefreshFailedWarning
-from surrogate.training.strategies import Ranking
+from surrogate.training.round_reports import OverheadWarning, RefreshFailedWarning
+from tests.surrogate.training.conftest import ByFingerprint
 
 QUIET = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no"}
 EVERY = 3
-
-
-@dataclass(kw_only=True)
-class ByFingerprint:
-    """Ranks by a hash of text and live model, so that one bit of difference in the model changes the selection."""
-
-    fails_in: int = -1
-    plugin_name: ClassVar[str] = "by_fingerprint"
-    needs_model: ClassVar[bool] = True
-    needs_targets: ClassVar[bool] = False
-    adapts: ClassVar[bool] = True
-    redraws: ClassVar[bool] = False
-
-    def rank(self, context):
-        if context.folder.parent.name == f"round-{self.fails_in:05d}":
-            raise NotFiniteError("the influence of a text is NaN.", "finite labels", "lower the learning rate.")
-        state = context.lm.fingerprint(optimizer=True)
-        ids = [context.pool["text_id"][row] for row in context.candidates]
-        values = [int(hashlib.sha256((state + text_id).encode()).hexdigest()[:8], 16) for text_id in ids]
-        return Ranking(scores=Scores(np.array(values, dtype=np.float32)[:, None], text_ids=ids, target_names=["hash"]))
 
 
 class Recorder(TrainerCallback):
@@ -290,7 +267,7 @@ def test_each_round_is_reported_once_through_the_trainers_own_log(setting):
     trainer.train()
     told = [(step, logs) for step, logs in trainer.recorder.logs if "influence/round" in logs]
     assert [step for step, _ in told] == [0, 3, 6]
-    expected = {"round", "refreshed", "failed", "texts", "labels", "seconds", "selected/goal", "candidates/goal"}
+    expected = {"round", "refreshed", "failed", "left_out", "texts", "labels", "seconds", "selected/goal", "candidates/goal"}
     shares = {"overhead/flops", "overhead/seconds", "overhead_planned/flops", "overhead_planned/seconds"}
     assert set(told[1][1]) == {"epoch"} | {f"influence/{name}" for name in expected | shares}
     assert told[1][1]["influence/labels"] == 80 - 12
@@ -391,12 +368,31 @@ def test_a_dataset_of_ones_own_is_adopted_if_it_is_made_of_the_pool(setting):
         trainer.train()
         seen = sorted(row[0] - 3 for batch in trainer.recorder.batches for row in batch)
         assert seen == sorted(callback.refresher.round_at(0).rows.tolist())
-    for wrong in (own.select(range(70)), own.add_column("text_id", callback.pool["text_id"][::-1])):
-        callback = setting.callback("wrong", strategy="random")
-        trainer = setting.trainer(callback, is_attached=False)
+
+
+def test_a_dataset_that_does_not_say_whose_items_it_has_is_refused(setting):
+    """A trainer that packs or shuffles makes as many items as the pool has texts, and of other texts."""
+    callback = setting.callback(strategy="random")
+    trainer = setting.trainer(callback, is_attached=False)
+    own = datasets.Dataset.from_list([{"input_ids": [3 + number] * 3, "labels": [3 + number] * 3} for number in range(80)])
+    pool = datasets.Dataset.from_list(setting.pool)
+    for wrong in (
+        own,
+        own.select(range(70)),
+        own.add_column("text_id", callback.pool["text_id"][::-1]),
+        pool.select(range(79, -1, -1)),
+        [{"input_ids": [5, 6]}] * 80,
+    ):
         trainer.train_dataset = wrong
-        with pytest.raises(InputError, match="not the 80 texts of the pool"):
+        with pytest.raises(InputError, match="nothing says that they are the 80 texts"):
             callback.attach(trainer)
+    trainer.train_dataset = pool  # the texts themselves tell
+    assert callback.attach(trainer).train_dataset is callback.train_dataset and callback.train_dataset.base is pool
+    packed = setting.callback("packed", strategy="random", row_tokens=8)
+    trainer = setting.trainer(packed, is_attached=False)
+    trainer.train_dataset = pool
+    with pytest.raises(InputError, match="items have no labels"):
+        packed.attach(trainer)
 
 
 def test_texts_that_the_trainer_dropped_are_not_chosen(setting):
@@ -440,9 +436,16 @@ def test_a_resume_without_what_it_needs_is_refused(setting):
     elsewhere = setting.trainer(setting.callback("elsewhere", strategy="random"))
     with pytest.raises(MissingFileError, match="training has come to round 2"):
         elsewhere.train(resume_from_checkpoint=setting.checkpoint(4))
-    longer = setting.trainer(setting.callback(strategy="random"), per_device_train_batch_size=4)
-    with pytest.raises(MismatchError, match="num_items=12, and now num_items=24"):
-        longer.train(resume_from_checkpoint=setting.checkpoint(4))
+    for options, arguments, difference in (
+        ({}, {"per_device_train_batch_size": 4}, "num_items=12, and now num_items=24"),
+        ({}, {"train_sampling_strategy": "sequential"}, "train_sampling_strategy='random', and now it is 'sequential'"),
+        ({}, {"data_seed": 5}, "data_seed=None, and now it is 5"),
+        ({"max_tokens": 32}, {}, "max_tokens=64, and now max_tokens=32"),
+        ({"row_tokens": 8}, {}, "row_tokens=None, and now row_tokens=8"),
+    ):
+        other = setting.trainer(setting.callback(**{"strategy": "random", **options}), **arguments)
+        with pytest.raises(MismatchError, match=difference):
+            other.train(resume_from_checkpoint=setting.checkpoint(4))
     plain = Trainer(
         setting.make_module("llama"),
         TrainingArguments(
@@ -454,6 +457,86 @@ def test_a_resume_without_what_it_needs_is_refused(setting):
     late = setting.trainer(setting.callback("late", strategy="random"))
     with pytest.raises(InputError, match="saved without this callback"):
         late.train(resume_from_checkpoint=setting.checkpoint(2, "plain"))
+
+
+def test_what_a_user_forgets_or_gives_twice_is_told_before_the_first_round(setting):
+    def without_collator(*args, data_collator, **given):
+        return Trainer(*args, **given)
+
+    def twice(*args, callbacks, **given):
+        return Trainer(*args, callbacks=[*callbacks, callbacks[-1]], **given)
+
+    for name, trainer_class, told in (
+        ("collator", without_collator, "data_collator=callback.data_collator"),
+        ("twice", twice, "has this callback twice"),
+    ):
+        callback = setting.callback(name, strategy="random")
+        with pytest.raises(InputError, match=told):
+            setting.trainer(callback, trainer_class=trainer_class).train()
+        assert not (setting.folder / name).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"targets": {"goal": "nowhere.jsonl"}}, "there is no file"),
+        ({"targets": None, "strategy": "refresh"}, "without target sets"),
+        ({"strategy": "refesh"}, "did you mean 'refresh'"),
+        ({"strategy": "refresh", "refresh_evry": 2}, "did you mean 'refresh_every'"),
+        ({"strategy": "refresh", "sample_sise": 2}, "did you mean 'sample_size'"),
+        ({"strategy": "refresh", "method": "graddot"}, "did you mean 'grad_dot'"),
+        ({"strategy": "refresh", "method_options": {"max_norm": 1.0}}, "'max_norm' is no option"),
+        ({"strategy": "refresh", "encoder": "sentences"}, "did you mean 'sentence'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_mistaken_options_are_told_when_the_callback_is_made(options, told, setting):
+    targets = options.get("targets", setting.targets)
+    rest = {name: value for name, value in options.items() if name != "targets"}
+    with pytest.raises(InputError, match=told):
+        InfluenceCallback(setting.pool, targets, every=EVERY, workdir=setting.folder / "influence", **rest)
+
+
+def test_a_callback_that_is_added_later_is_attached_and_told_otherwise(setting):
+    def without_callbacks(*args, callbacks, **given):
+        return Trainer(*args, callbacks=callbacks[:1], **given)
+
+    callback = setting.callback(strategy="random")
+    trainer = setting.trainer(callback, max_steps=4, is_attached=False, trainer_class=without_callbacks)
+    trainer.add_callback(callback)
+    with pytest.raises(InputError, match=r"callback\.attach\(trainer\) after add_callback"):
+        trainer.train()
+    callback.attach(trainer).train()
+    assert len(callback.table()) == 2 and len(trainer.recorder.batches) == 8
+
+
+def test_a_callback_in_a_second_trainer_reports_there(setting):
+    callback = setting.callback(strategy="random")
+    trainers = []
+    for _ in range(2):
+        trainers.append(setting.trainer(callback, max_steps=1, is_attached=not trainers))
+        trainers[-1].train()
+    told = [sum("influence/round" in entry for entry in trainer.state.log_history) for trainer in trainers]
+    assert told == [1, 1] and not any("influence/round" in logs for _, logs in trainers[1].recorder.logs)
+
+
+def test_a_promise_that_cannot_be_kept_is_told_and_the_account_is_closed(setting):
+    callback = setting.callback(strategy="oracle", max_overhead=1e-6)
+    trainer = setting.trainer(callback, max_steps=2 * EVERY)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    told = [str(warning.message) for warning in caught if warning.category is OverheadWarning]
+    assert len(told) == 2  # once for both rounds, and at the end
+    assert "refresh at step 0 is left out, and training goes on with random texts: refused" in told[0]
+    assert "more than max_overhead=1e-06" in told[1] and "by seconds" in told[1]
+    assert [logs["influence/left_out"] for _, logs in trainer.recorder.logs if "influence/left_out" in logs] == [1, 1]
+    account = json.loads((setting.folder / "influence/overhead.json").read_text())
+    assert account["is_kept"] is False and account["spent"]["flops"] == 0.0
+    assert account["trained"]["seconds"] == callback.state()["attributes"]["feed"]["seconds"]
+    num_tokens = sum(token != 0 for batch in trainer.recorder.batches for row in batch for token in row)  # 0 is the padding
+    lm = oracle.LanguageModel(setting.make_module("llama"), device="cpu")
+    assert account["trained"]["flops"] == 3 * lm.forward_flops_per_token * num_tokens
 
 
 def test_a_callback_belongs_to_the_trainer_that_it_was_made_with(setting):

@@ -76,5 +76,5 @@ def test_trl_trains_on_what_the_callback_shows_of_its_own_items(make_module, mak
             assert len(ids) == len(labels)
     again, again_callback, _ = train(str(tmp_path / "out/checkpoint-4"))
     assert same(weights(again), weights(whole)) and again_callback.table() == callback.table()
-    with pytest.raises(InputError, match="not the 40 texts of the pool"):
+    with pytest.raises(InputError, match="nothing says that they are the 40 texts"):
         train(packing=True)

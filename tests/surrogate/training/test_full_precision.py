@@ -37,6 +37,16 @@ def test_the_block_runs_the_forward_of_the_class_and_no_other(prepared):
     assert vars(module)["forward"] is own and torch.equal(logits(module), mixed)
 
 
+def test_inside_a_compiled_module_too(prepared, recwarn):
+    module, plain = prepared
+    compiled = torch.compile(module, backend="eager")
+    own = vars(module)["forward"]
+    with without_autocast(compiled):
+        assert "forward" not in vars(module) and torch.equal(logits(module), plain)
+    assert vars(module)["forward"] is own
+    assert not [warning for warning in recwarn if warning.category is MixedPrecisionWarning]
+
+
 def test_it_is_put_back_when_the_block_raises(prepared):
     module, _ = prepared
     own = vars(module)["forward"]

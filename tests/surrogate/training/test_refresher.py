@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from oracle.errors import InputError, MismatchError, MissingFileError, NotFiniteError
+from oracle.errors import InputError, MismatchError, MissingFileError, NotFiniteError, TooLittleMemoryError
 from oracle.labels import Labels
 from oracle.language_model import LanguageModel
 from oracle.texts import list_text_ids, read_texts
@@ -92,6 +92,14 @@ class Counting:
         )
 
 
+@dataclass(kw_only=True)
+class Once(Counting):
+    """Does not adapt."""
+
+    plugin_name: ClassVar[str] = "once"
+    adapts: ClassVar[bool] = False
+
+
 def counting(tmp_path: Path, strategy: Counting | None = None, **options: Any) -> Refresher:
     return Refresher(POOL, workdir=tmp_path, strategy=strategy or Counting(), **{"rule": "top", **options})
 
@@ -104,7 +112,7 @@ def test_the_best_texts_come_first_and_no_text_comes_twice_in_a_pass(tmp_path: P
     assert seen == sorted(seen, key=lambda text_id: -int(text_id[:6], 16))
     assert [refresher.text_ids[row] for row in rounds[2].rows] == rounds[2].text_ids
     again = refresher.next_round(num_texts=30)
-    assert again.record["starts_pass"] and again.text_ids != rounds[0].text_ids  # ranked anew, in the other direction
+    assert again.record["starts_pass"] and again.text_ids == rounds[0].text_ids  # that ranking knows them all
 
 
 def test_a_spent_pool_begins_anew_with_all_texts(tmp_path: Path) -> None:
@@ -114,9 +122,44 @@ def test_a_spent_pool_begins_anew_with_all_texts(tmp_path: Path) -> None:
     assert [record["starts_pass"] for record in refresher.table()] == [False, False, True]
 
 
+def test_a_new_pass_is_ranked_anew_where_the_ranking_does_not_know_all_texts(tmp_path: Path) -> None:
+    strategy = Counting()
+    refresher = counting(tmp_path / "due", strategy, refresh_every=100, warmup_fraction=0.2, num_rounds=5)
+    records = [refresher.next_round(num_texts=30).record for _ in range(5)]
+    assert [record["ranked_in_round"] for record in records] == [-1, 1, 1, 1, 4]
+    assert records[4]["reason"] == "a new pass over the pool begins" and strategy.asked == [0, 1]
+
+
+@pytest.mark.parametrize(("warmup", "goes_on_with"), [(0.0, 0), (0.2, -1)])
+def test_a_new_pass_that_cannot_be_ranked_takes_a_ranking_that_knows_all_texts(
+    tmp_path: Path, warmup: float, goes_on_with: int
+) -> None:
+    """And not the newest one, which knows no more than what was left of the pass before."""
+    refresher = counting(tmp_path, Counting(fails_at=(2,)), refresh_every=2, warmup_fraction=warmup, num_rounds=5)
+    records = [refresher.next_round(num_texts=25).record for _ in range(5)]
+    assert [record["refreshed"] for record in records].count(True) == 2 and records[4]["starts_pass"]
+    assert records[4]["failure"] and records[4]["ranked_in_round"] == goes_on_with and records[4]["num_texts"] == 25
+
+
+def test_a_strategy_that_ranks_once_knows_what_was_trained_on_before(tmp_path: Path) -> None:
+    strategy = Once()
+    refresher = counting(tmp_path, strategy, warmup_fraction=0.4, num_rounds=10)
+    records = [refresher.next_round(num_texts=40).record for _ in range(8)]
+    assert [record["refreshed"] for record in records] == [False] * 4 + [True] + [False] * 3
+    assert strategy.asked == [0] and records[4]["num_ranked"] == NUM_TEXTS
+    assert {record["num_texts"] for record in records} == {40}
+
+
 def test_repeating_offers_the_same_texts_in_every_round(tmp_path: Path) -> None:
     refresher = counting(tmp_path, refresh_every=100, consume_once=False)
     assert refresher.next_round(num_texts=30).text_ids == refresher.next_round(num_texts=30).text_ids
+
+
+def test_a_rule_with_chance_draws_anew_in_every_round(tmp_path: Path) -> None:
+    refresher = counting(tmp_path, refresh_every=100, consume_once=False, rule="top_share", rule_options={"share": 0.5})
+    first, second = (set(refresher.next_round(num_texts=20).text_ids) for _ in range(2))
+    best = set(sorted(refresher.text_ids, key=lambda text_id: -int(text_id[:6], 16))[:60])
+    assert first != second and first | second <= best
 
 
 def test_refreshes_come_on_schedule(tmp_path: Path) -> None:
@@ -216,6 +259,11 @@ def test_scores_at_chance_are_not_selected_by(tmp_path: Path) -> None:
     made = counting(tmp_path / "no", Counting(at_chance=True)).next_round(num_texts=10)
     assert "LowFidelityError" in made.record["failure"] and made.record["ranked_in_round"] == -1
     assert made.record["costs"]["label"]["flops"] == 10.0  # spent all the same
+    strategy = Counting(at_chance=True)
+    refresher = counting(tmp_path / "again", strategy)
+    for _ in range(3):
+        refresher.next_round(num_texts=10)
+    assert strategy.asked == [0, 1, 2]  # what was labelled in vain is there for the next ranking, which draws another sample
     allowed = counting(tmp_path / "yes", Counting(at_chance=True), allow_low_fidelity=True).next_round(num_texts=10)
     assert allowed.record["failure"] is None and allowed.record["ranked_in_round"] == 0
 
@@ -229,11 +277,69 @@ def test_the_overhead_forbids_a_refresh_and_says_why(tmp_path: Path) -> None:
     assert rounds[1].record["overhead_planned"]["flops"] == pytest.approx(20 / 250)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), MemoryError("none"), TooLittleMemoryError("a", "b", "c")])
+def test_a_refresh_without_memory_is_lived_with_also_at_first(tmp_path: Path, error: Exception) -> None:
+    class Hungry(Counting):
+        def rank(self, context: RankingContext) -> Ranking:
+            raise error
+
+    made = counting(tmp_path, Hungry()).next_round(num_texts=10)
+    assert type(error).__name__ in made.record["failure"] and made.record["ranked_in_round"] == -1
+
+
+def test_a_failing_refresh_is_charged_what_was_expected_of_it(tmp_path: Path) -> None:
+    refresher = counting(tmp_path, Counting(fails_at=(1, 2, 3)), max_overhead=0.1)
+    options = {"num_texts": 10, "planned_flops": 350.0, "coming_flops": 50.0}
+    records = [refresher.next_round(trained_flops=50.0 * number, **options).record for number in range(4)]
+    assert [record["costs"].get("failed refresh", {}).get("flops") for record in records] == [None, 10.0, 10.0, None]
+    assert records[3]["left_out"] and "30 FLOPs spent and 10 for this refresh, of 35" in records[3]["reason"]
+
+
+def test_a_refusal_stops_the_first_ranking_and_is_lived_with_later(tmp_path: Path) -> None:
+    class Refusing(Counting):
+        def rank(self, context: RankingContext) -> Ranking:
+            if len(self.asked) in self.fails_at:
+                self.asked.append(-1)
+                raise InputError("4 labelled texts were given.", "at least 10", "label more texts.")
+            return super().rank(context)
+
+    with pytest.raises(InputError, match="4 labelled texts"):
+        counting(tmp_path / "first", Refusing(fails_at=(0,))).next_round(num_texts=10)
+    refresher = counting(tmp_path / "later", Refusing(fails_at=(1,)))
+    records = [refresher.next_round(num_texts=10).record for _ in range(3)]
+    assert "4 labelled texts" in records[1]["failure"] and [record["ranked_in_round"] for record in records] == [0, 0, 2]
+    stopping = counting(tmp_path / "stop", Refusing(fails_at=(1,)), on_failure="stop")
+    stopping.next_round(num_texts=10)
+    with pytest.raises(InputError, match="4 labelled texts"):
+        stopping.next_round(num_texts=10)
+
+
+def test_labels_of_all_candidates_are_expected_to_cost_what_they_did(tmp_path: Path) -> None:
+    """A strategy without a sample cannot make it smaller, so its next refresh is refused whole."""
+
+    class Whole(Counting):
+        sample_size = property()  # none
+
+    refresher = counting(tmp_path, Whole(), max_overhead=0.1)
+    options = {"num_texts": 40, "planned_flops": 150.0, "coming_flops": 50.0}
+    records = [refresher.next_round(trained_flops=50.0 * number, **options).record for number in range(2)]
+    assert records[0]["refreshed"] and records[0]["costs"]["label"]["flops"] == 10.0
+    assert records[1]["left_out"] and "10 FLOPs spent and 80 for this refresh" in records[1]["reason"]  # one for each text
+
+
 def test_wrong_use_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="without target sets"):
         Refresher(POOL, workdir=tmp_path)
     with pytest.raises(InputError, match="no probe set"):
         Refresher(POOL, TARGETS, workdir=tmp_path, drift_threshold=0.8, num_probe=0)
+    with pytest.raises(InputError, match="which ranks once"):
+        Refresher(POOL, TARGETS, workdir=tmp_path, strategy="static", num_probe=5, drift_threshold=0.8)
+    with pytest.raises(InputError, match="did you mean 'top'"):
+        Refresher(POOL, TARGETS, workdir=tmp_path, rule="tpo")
+    with pytest.raises(InputError, match="did you mean 'temperature'"):
+        Refresher(POOL, TARGETS, workdir=tmp_path, rule="softmax", rule_options={"temprature": 1.0})
+    with pytest.raises(InputError, match="combine='c'"):
+        Refresher(POOL, TARGETS, workdir=tmp_path, rule_options={"combine": "c"})
     with pytest.raises(InputError, match="one of the two"):
         counting(tmp_path, warmup_fraction=0.1, final_fraction=0.2, num_rounds=10)
     with pytest.raises(InputError, match="num_rounds=None"):
@@ -295,8 +401,9 @@ def test_drift_is_none_at_the_same_checkpoint_and_fires_after_training_elsewhere
     refresher = Refresher(POOL, TARGETS, workdir=tmp_path, drift_threshold=0.9, **REFRESH)
     refresher.next_round(lm, num_texts=20)
     still = refresher.next_round(lm, num_texts=20).record
-    assert still["drift"]["labels"] == pytest.approx(0, abs=1e-9) and not still["refreshed"]
-    assert still["costs"]["drift"]["flops"] > 0
+    assert still["drift"]["labels"] == pytest.approx(0, abs=1e-9)
+    assert still["refreshed"] == (still["drift"]["scores_agreed"] <= 0)
+    assert still["costs"]["drift targets"]["flops"] > 0
     torch.manual_seed(9)
     with torch.no_grad():
         for parameter in lm.module.parameters():
@@ -304,14 +411,74 @@ def test_drift_is_none_at_the_same_checkpoint_and_fires_after_training_elsewhere
     moved = refresher.next_round(lm, num_texts=20).record
     assert moved["drift"]["labels"] > 0.1
     agree, agreed = moved["drift"]["scores_agree"], moved["drift"]["scores_agreed"]
-    assert moved["refreshed"] == (agreed > 0 and agree < 0.9 * agreed)
+    assert moved["refreshed"] == (agreed <= 0 or agree < 0.9 * agreed)
 
 
 def test_the_drift_rule_compares_with_what_agreement_was() -> None:
     schedule = Schedule(drift_threshold=0.8)
     assert schedule.has_drifted({"scores": 0.47, "scores_then": 0.6})[0]
     assert not schedule.has_drifted({"scores": 0.49, "scores_then": 0.6})[0]
-    assert not schedule.has_drifted({"scores": -0.2, "scores_then": -0.1})[0]
+    has_drifted, told = schedule.has_drifted({"scores": 0.3, "scores_then": -0.1})
+    assert has_drifted and "never agreed" in told  # there is nothing to fall from, and nothing worth keeping
+
+
+@pytest.mark.parametrize("on_failure", ["continue", "stop"])
+def test_a_look_at_the_drift_that_fails_is_told_like_a_refresh_that_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_failure: str
+) -> None:
+    from surrogate.training import labelled_ranking
+
+    lm = language_model()
+    refresher = Refresher(POOL, TARGETS, workdir=tmp_path, drift_threshold=0.9, on_failure=on_failure, **REFRESH)
+    refresher.next_round(lm, num_texts=20)
+
+    def failing(*_: Any) -> None:
+        raise NotFiniteError("a label is NaN.", "finite labels", "lower the rate.")
+
+    monkeypatch.setattr(labelled_ranking.LabelledRanking, "agreement_now", failing)
+    if on_failure == "stop":
+        with pytest.raises(NotFiniteError, match="a label is NaN"):
+            refresher.next_round(lm, num_texts=20)
+        return
+    record = refresher.next_round(lm, num_texts=20).record
+    assert "a label is NaN" in record["failure"] and record["ranked_in_round"] == 0 and not record["refreshed"]
+
+
+def test_the_target_gradients_of_a_look_at_the_drift_are_paid_beside_those_of_the_refresh(tmp_path: Path) -> None:
+    lm = language_model()
+    refresher = Refresher(POOL, TARGETS, workdir=tmp_path, drift_threshold=1.0, **REFRESH)
+    refresher.next_round(lm, num_texts=20)
+    for _ in range(3):
+        train(lm, read_texts(POOL[:40]))
+        record = refresher.next_round(lm, num_texts=20).record
+        if record["refreshed"]:
+            break
+    costs = record["costs"]
+    assert record["drift"] and costs["drift targets"]["flops"] == costs["targets"]["flops"] > 0
+    assert "drift label" not in costs  # the probe's labels are among those of the refresh
+
+
+def test_a_round_depends_on_how_texts_are_read(tmp_path: Path) -> None:
+    lm = language_model()
+    first = Refresher(POOL, workdir=tmp_path, strategy="loss").next_round(lm, num_texts=20)
+    lm.max_tokens = 8
+    assert Refresher(POOL, workdir=tmp_path, strategy="loss").next_round(lm, num_texts=20).text_ids != first.text_ids
+    lm.max_tokens = 32
+    assert Refresher(POOL, workdir=tmp_path, strategy="loss").next_round(lm, num_texts=20).text_ids == first.text_ids
+
+
+def test_the_weights_are_read_only_where_a_ranking_may_look_at_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large model takes seconds to read, and most rounds go down a ranking that stands."""
+    lm = language_model()
+    refresher = Refresher(POOL, workdir=tmp_path, strategy="loss", refresh_every=3)
+    asked: list[int] = []
+    original = LanguageModel.fingerprint
+    monkeypatch.setattr(
+        LanguageModel, "fingerprint", lambda lm, **options: asked.append(refresher.num_rounds_done) or original(lm, **options)
+    )
+    for _ in range(4):
+        refresher.next_round(lm, num_texts=10)
+    assert set(asked) == {0, 3}
 
 
 def test_an_interrupted_refresh_goes_on_and_ends_with_the_same_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,3 +560,17 @@ def test_later_refreshes_can_look_at_the_one_before(tmp_path: Path, options: dic
 def test_live_features_beside_the_surrogate_before_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="its own checkpoint only"):
         Refresher(POOL, TARGETS, workdir=tmp_path, encoder=("model_state",), warm_start=True, keep_labels=0.0)
+
+
+def test_a_target_set_may_be_called_like_a_column_of_the_table(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    class Named(Counting):
+        def rank(self, context: RankingContext) -> Ranking:
+            ids = list_text_ids(context.candidate_texts())
+            return Ranking(scores=Scores(np.arange(len(ids) * 2.0).reshape(-1, 2), text_ids=ids, target_names=["reason", "rank"]))
+
+    made = counting(tmp_path, Named()).next_round(num_texts=3)
+    table = pq.read_table(tmp_path / "round-00000/selection.parquet")
+    assert table["text_id"].to_pylist() == made.text_ids and table["reason"].to_pylist() == ["score"] * 3
+    assert table["value.reason"].to_pylist() == [238.0, 236.0, 234.0]

@@ -3,40 +3,19 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-from dataclasses import dataclass
-from typing import ClassVar
+import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import oracle
-from oracle.errors import InputError, MismatchError, MissingFileError, NotFiniteError
-from surrogate.scores import Scores
+from oracle.errors import InputError, InputTypeError, MismatchError, MissingFileError, NotFiniteError
 from surrogate.training import Refresher, Rounds
-from surrogate.training.round_feed import RefreshFailedWarning, metrics_of
-from surrogate.training.strategies import Ranking
-
-
-@dataclass(kw_only=True)
-class ByFingerprint:
-    """Ranks by a hash of text and live model, so that one bit of difference in the model changes the selection."""
-
-    fails_in: int = -1
-    plugin_name: ClassVar[str] = "by_fingerprint"
-    needs_model: ClassVar[bool] = True
-    needs_targets: ClassVar[bool] = False
-    adapts: ClassVar[bool] = True
-    redraws: ClassVar[bool] = False
-
-    def rank(self, context):
-        if context.folder.parent.name == f"round-{self.fails_in:05d}":
-            raise NotFiniteError("the influence of a text is NaN.", "finite labels", "lower the learning rate.")
-        state = context.lm.fingerprint(optimizer=True)
-        ids = [context.pool["text_id"][row] for row in context.candidates]
-        values = [int(hashlib.sha256((state + text_id).encode()).hexdigest()[:8], 16) for text_id in ids]
-        return Ranking(scores=Scores(np.array(values, dtype=np.float32)[:, None], text_ids=ids, target_names=["hash"]))
+from surrogate.training.pool_texts import PoolTexts
+from surrogate.training.round_reports import RefreshFailedWarning, SmallPoolWarning, metrics_of
+from tests.surrogate.training.conftest import ByFingerprint
 
 
 class Training:
@@ -224,6 +203,48 @@ def test_tokens_and_seconds_of_training_are_counted(make_module, pool, tmp_path)
     assert all(batch["input_ids"].shape == (2, 16) and batch["attention_mask"].all() for batch in packed.batches)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_text_is_tokenised_once_more_to_be_counted(workers, make_module, pool, tmp_path, monkeypatch):
+    """Also not where a loader's workers have tokenised it."""
+    asked, original = [], PoolTexts.encode
+    monkeypatch.setattr(PoolTexts, "encode", lambda texts, rows: asked.append(len(rows)) or original(texts, rows))
+    training = Training(make_module, pool, tmp_path, max_steps=6, loader_options={"num_workers": workers}).run()
+    assert asked[0] == 64 and sum(asked[1:]) == (4 * 6 if workers == 0 else 0)  # first for the mean length
+    assert training.rounds.state_dict()["feed"]["rounds_counted"] == 2
+
+
+def test_the_account_of_a_whole_training_is_written_down(make_module, pool, tmp_path):
+    training = Training(make_module, pool, tmp_path, strategy="random").run()  # eight steps, in rounds of three
+    account = json.loads((tmp_path / "overhead.json").read_text())
+    num_tokens = [int(batch["attention_mask"].sum()) for batch in training.batches]
+    shown = sum(num_tokens[:12]) + training.rounds.feed._tokens_of(2) * 2 / 3
+    assert account["trained"]["flops"] == pytest.approx(3 * training.rounds.lm.forward_flops_per_token * shown)
+    assert account["is_kept"] is None and account["stages"]["rest"]["seconds"] > 0
+
+
+def test_a_pool_smaller_than_a_round_is_told_once(make_module, pool, tmp_path):
+    for options in ({}, {"row_tokens": 16}):
+        training = Training(make_module, pool[:5], tmp_path / str(len(options)), strategy="random", **options)
+        with pytest.warns(SmallPoolWarning, match="shows each of its 5 texts") as told:
+            training.run()
+        assert len([warning for warning in told if warning.category is SmallPoolWarning]) == 1
+
+
+def test_an_optimiser_that_accelerate_has_wrapped_is_refused_before_the_first_label(make_module, pool, tmp_path):
+    """`grad_dot` would find no state in it, and go on as without an optimiser."""
+    training = Training(make_module, pool, tmp_path)
+    training.rounds.lm.optimizer = SimpleNamespace(optimizer=training.optimizer)
+    with pytest.raises(InputError, match=r"SimpleNamespace around another one[\s\S]*optimizer\.optimizer"):
+        training.run()
+
+
+def test_things_of_another_kind_are_refused(make_module, pool, tmp_path):
+    training = Training(make_module, pool, tmp_path, strategy="random")
+    for wrong in ((pool, training.rounds.lm), (training.refresher, training.module)):
+        with pytest.raises(InputTypeError, match="a Refresher or StreamRefresher, and an"):
+            Rounds(*wrong, every=3, batch_size=2, max_steps=8)
+
+
 def test_a_packed_round_is_filled_by_as_many_texts_as_it_needs(make_module, pool, tmp_path):
     training = Training(make_module, pool, tmp_path, row_tokens=16, max_steps=3).run()
     lengths = dict(zip(training.refresher.text_ids, (len(row["input_ids"]) for row in pool), strict=True))
@@ -257,6 +278,7 @@ def test_a_checkpoint_is_resumed_only_as_itself(make_module, pool, tmp_path):
         ({"batch_size": 3}, "num_items=12, and now num_items=18"),
         ({"seed": 1}, "seed=0, and now seed=1"),
         ({"shuffle": False}, "shuffle=True, and now shuffle=False"),
+        ({"row_tokens": 16}, "row_tokens=None, and now row_tokens=16"),
     ):
         with pytest.raises(MismatchError, match=difference):
             Training(make_module, pool, tmp_path / "run", **options).load(state)

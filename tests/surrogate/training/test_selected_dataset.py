@@ -11,6 +11,7 @@ from oracle.encoding import IGNORED, EncodedText
 from oracle.errors import InputError
 from surrogate.training import SelectedDataset, SelectedSampler
 from surrogate.training.loop import pack
+from surrogate.training.selected_dataset import UNKNOWN
 
 BASE = [{"input_ids": [10 * row + place for place in range(1 + row % 4)]} for row in range(12)]
 
@@ -106,6 +107,34 @@ def test_a_selection_reaches_spawned_workers_that_are_kept_alive():
     for rows in ([3, 7], [11, 1, 5]):
         dataset.select(rows)
         assert [item for batch in loader for item in batch] == [dataset[place] for place in range(4)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_lengths_of_what_was_shown_are_known_whichever_worker_showed_it(workers):
+    dataset = SelectedDataset(BASE, 4)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=2, collate_fn=list, num_workers=workers)
+    dataset.select([3, 7, 6])
+    assert (dataset.known_lengths(np.arange(12)) == UNKNOWN).all()
+    list(loader)
+    expected = np.full(12, UNKNOWN)
+    expected[[3, 7, 6]] = [4, 4, 3]
+    np.testing.assert_array_equal(dataset.known_lengths(np.arange(12)), expected)
+    np.testing.assert_array_equal(dataset.read_lengths(np.array([0, 5])), [1, 2])
+    dataset.forget_lengths()
+    assert (dataset.known_lengths(np.arange(12)) == UNKNOWN).all()
+    dataset.replace_base([{"text": "a"}] * 5)
+    dataset.select([4])
+    assert dataset[0] == {"text": "a"}
+    assert dataset.known_lengths(np.array([4])) == dataset.read_lengths(np.array([4])) == UNKNOWN
+
+
+def test_how_often_a_selection_is_shown():
+    dataset = SelectedDataset(BASE, 6)
+    dataset.select([1, 2, 3, 4])
+    assert dataset.repeats == 1.5
+    packed = SelectedDataset(BASE, 6, row_tokens=2)
+    packed.select([3, 1])
+    assert packed.repeats == 2.0  # twelve tokens of the six
 
 
 def test_what_cannot_be_selected_is_refused():

@@ -1,0 +1,80 @@
+"""What is said of a round: numbers for loggers, and warnings of what nobody wants to find out from a table afterwards."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+METRIC_PREFIX = "influence/"
+MANY_REPEATS = 1.5  # of a round's texts, from which on it is said
+
+
+class RefreshFailedWarning(UserWarning):
+    """A refresh failed, and training goes on with the ranking before."""
+
+
+class OverheadWarning(UserWarning):
+    """A refresh was left out because of `max_overhead`, or selecting cost more than that."""
+
+
+class SmallPoolWarning(UserWarning):
+    """A round shows its texts several times."""
+
+
+def tell(record: Mapping[str, Any], *, step: int, repeats: float, told: set[type[Warning]]) -> None:
+    """Warn of a refresh that failed; and, once in a training, of one that was left out and of too few texts.
+
+    Args:
+        record: The round's row in the table.
+        step: The step that it begins at.
+        repeats: How often it shows its texts.
+        told: What was said once already; gets what is said now.
+    """
+    if record["failure"]:
+        text = f"the refresh at step {step} failed, and training goes on without it: {record['failure']}"
+        warnings.warn(text, RefreshFailedWarning, stacklevel=4)
+    if record["left_out"] and OverheadWarning not in told:
+        held = record["ranked_in_round"]
+        goes_on = "random texts" if held < 0 else f"the ranking of round {held}"
+        text = (
+            f"the refresh at step {step} is left out, and training goes on with {goes_on}: {record['reason']}. Raise "
+            "max_overhead, lower sample_size or train longer; later ones that are left out stand in the table of rounds."
+        )
+        warnings.warn(text, OverheadWarning, stacklevel=4)
+        told.add(OverheadWarning)
+    if repeats >= MANY_REPEATS and SmallPoolWarning not in told:
+        text = (
+            f"the round at step {step} shows each of its {record['num_texts']} texts {repeats:.1f} times, because the pool has "
+            "no more to offer; make rounds shorter or the pool larger."
+        )
+        warnings.warn(text, SmallPoolWarning, stacklevel=4)
+        told.add(SmallPoolWarning)
+
+
+def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return what loggers are told of a round: flat names, numbers only; what was not measured is left out.
+
+    `fidelity`, `noise_ceiling`, `selected` and `candidates` (mean predicted influence, in label units) by target; `drift`
+    is 1 minus the rank agreement of the probe's old and new labels; `overhead` is the share of the training so far.
+    """
+    told: dict[str, Any] = {
+        "round": record["index"],
+        "refreshed": int(record["refreshed"]),
+        "failed": int(record["failure"] is not None),
+        "left_out": int(record["left_out"]),
+        "texts": record["num_texts"],
+        "labels": record["num_labels"],
+        "seconds": record["seconds"],
+        "drift": (record["drift"] or {}).get("labels"),
+    }
+    for name, key in (
+        ("fidelity", "fidelity"),
+        ("noise_ceiling", "noise_ceiling"),
+        ("selected", "influence_selected"),
+        ("candidates", "influence_candidates"),
+        ("overhead", "overhead"),
+        ("overhead_planned", "overhead_planned"),
+    ):
+        told |= {f"{name}/{target}": value for target, value in (record[key] or {}).items()}
+    return {METRIC_PREFIX + name: float(value) for name, value in told.items() if value is not None}

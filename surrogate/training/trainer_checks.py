@@ -1,0 +1,136 @@
+"""What a Hugging Face Trainer is asked before it trains on rounds: its arguments, its loader, the dataset it has made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformers import DataCollatorWithPadding, default_data_collator
+
+from oracle.errors import InputError, MismatchError
+from oracle.text_formats import FORMATS, TEXT_ID
+from oracle.texts import list_text_ids, text_format
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+ORDER_ARGUMENTS = ("train_sampling_strategy", "data_seed", "seed")  # decide the order of a round's items
+
+
+def check_arguments(args: Any) -> None:
+    """Refuse what would make a round something else than an epoch of fixed length, or a resume inexact.
+
+    Raises:
+        InputError: An argument cannot be used.
+    """
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    refused = (
+        (args.max_steps <= 0, f"max_steps={args.max_steps}", "the number of optimiser steps in max_steps; an epoch is a round"),
+        (args.ignore_data_skip, "ignore_data_skip=True", "False: a resumed round would begin again at its first batch"),
+        (
+            strategy not in ("random", "sequential") or getattr(args, "group_by_length", False),
+            f"train_sampling_strategy={strategy!r}",
+            "'random' or 'sequential': lengths are known only when a round begins",
+        ),
+        (args.auto_find_batch_size, "auto_find_batch_size=True", "False: it would change the length of a round in the middle"),
+        (
+            getattr(args, "restore_callback_states_from_checkpoint", False),
+            "restore_callback_states_from_checkpoint=True",
+            "False: it makes callbacks anew, without pool and targets; this one finds its state by itself",
+        ),
+        (bool(args.deepspeed), "deepspeed", "training without it: weights in parts cannot be measured"),
+        (bool(args.fsdp), "fsdp", "training without it: weights in parts cannot be measured"),
+    )
+    for is_refused, given, accepted in refused:
+        if is_refused:
+            raise InputError(f"TrainingArguments with {given}.", accepted, "change this argument.")
+
+
+def check_loader(loader: Any, dataset: Any, *, num_batches: int, is_own_base: bool) -> None:
+    """Refuse a loader that does not show the rounds, or whose collator cannot make batches of them.
+
+    Args:
+        loader: What the Trainer trains on.
+        dataset: The callback's dataset.
+        num_batches: Batches of a round.
+        is_own_base: Whether the user made the items; how these are batched is then theirs to know.
+
+    Raises:
+        InputError: It does not fit.
+    """
+    found = getattr(loader, "dataset", None)
+    if found is not dataset or len(loader) != num_batches:
+        raise InputError(
+            f"the Trainer's loader has {len(loader)} batches of a {type(found).__name__}, and a round {num_batches} of this "
+            "callback's train_dataset.",
+            "train_dataset=callback.train_dataset, and the batch size that the Trainer was made with",
+            "pass that dataset, or call callback.attach(trainer) before training; leave batches to the Trainer.",
+        )
+    collator = getattr(loader, "collate_fn", None)
+    collator = getattr(collator, "data_collator", collator)  # inside what removes columns
+    if not is_own_base and (collator is default_data_collator or isinstance(collator, DataCollatorWithPadding)):
+        raise InputError(
+            "the Trainer's own data collator, which does not pad labels.",
+            "a collator that pads input_ids and labels",
+            "pass data_collator=callback.data_collator when the Trainer is made.",
+        )
+
+
+def order_of(args: Any) -> dict[str, Any]:
+    """Return the arguments that decide in which order a round's items come, as JSON values."""
+    return {name: getattr(args, name, None) for name in ORDER_ARGUMENTS}
+
+
+def check_order(args: Any, stored: Mapping[str, Any]) -> None:
+    """Refuse to go on with the items of a round in another order.
+
+    Raises:
+        MismatchError: An argument differs from that of the checkpoint.
+    """
+    for name, value in order_of(args).items():
+        if stored[name] != value:
+            raise MismatchError(
+                f"the checkpoint is of a training with {name}={stored[name]!r}, and now it is {value!r}.",
+                "the same order of batches as before",
+                "go on with the old value, or begin a new training.",
+            )
+
+
+def rows_in_pool(base: Any, pool: Dataset) -> list[int]:
+    """Return which texts of the pool a dataset that was made of it has kept, in their order.
+
+    Args:
+        base: A dataset with a column `text_id`, or with the pool's own texts in all rows and in their order.
+        pool: The pool.
+
+    Raises:
+        InputError: It has others, or they are in another order, or it does not say which it has.
+    """
+    own, columns = list_text_ids(pool), getattr(base, "column_names", None) or ()
+    row_of = {text_id: row for row, text_id in enumerate(own)}
+    rows: list[int] = []
+    if TEXT_ID in columns:
+        rows = [row_of.get(text_id, -1) for text_id in base[TEXT_ID]]
+    elif len(base) == len(own) and _has_texts(base, pool, columns):
+        rows = list(range(len(own)))
+    if not rows or sorted(set(rows)) != rows or rows[0] < 0:
+        raise InputError(
+            f"the trainer's dataset has {len(base)} items, and nothing says that they are the {len(own)} texts of the pool in "
+            "their order.",
+            "a dataset made of callback.pool that keeps its column text_id, or its texts",
+            "pass train_dataset=callback.pool, without packing by the trainer (InfluenceCallback(row_tokens=...) packs); or give "
+            "InfluenceCallback(base=...) a dataset whose item i is text i of callback.pool.",
+        )
+    return rows
+
+
+def _has_texts(base: Any, pool: Dataset, columns: Sequence[str]) -> bool:
+    names = FORMATS[text_format(pool)]
+    return set(names) <= set(columns) and all(list(base[name]) == list(pool[name]) for name in names)
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """Return the torch optimiser inside Accelerate's."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
