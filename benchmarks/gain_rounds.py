@@ -6,7 +6,8 @@ one ranking (`static`), by a ranking that is refreshed (`refresh`), and by every
 whole pool, measured once. Labels use one half of each target set, losses are measured on the other. What a strategy spends on
 labels, features, fitting and scoring is counted in the same unit as training, FLOPs, and in seconds, and stands in front of the
 training that it serves; features that runs share are charged to each of them in full. A loss is the mean of the last three
-evaluations.
+evaluations. With `--average-decay` labels and losses are measured at a running average of the weights: at a constant rate
+those of the last step jump, and with them the labels (`label_decay.py`) and the losses.
 
     python benchmarks/gain_rounds.py --pool 'pool-*.parquet' --target math=math_dev.jsonl code=code_dev.jsonl
 """
@@ -14,24 +15,26 @@ evaluations.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from setting import arguments, claim, load_pool, report, start, warmed_up
+from setting import arguments, averaged_beside, claim, load_pool, report, start, warmed_up
 
 from oracle.artifacts import read_json, write_json
 from oracle.labels import Labels
 from oracle.language_model import LanguageModel
 from oracle.measure import label
-from oracle.target_columns import prepare_targets
+from oracle.target_columns import TargetColumns, prepare_targets
 from oracle.targets import TargetSet, read_targets, split_halves
 from oracle.texts import list_text_ids
 from surrogate.scores import Scores
 from surrogate.training.loop import TrainingPlan, train
 from surrogate.training.refresher import Refresher
 from surrogate.training.strategies import Ranking, RankingContext
+from surrogate.training.weight_average import WeightAverage
 
 WINDOW = 3  # evaluations that a loss is averaged over
 TOGETHER = "together"
@@ -83,10 +86,14 @@ def main() -> None:
     parser.add_argument("--refresh-every", type=int, default=2, help="rounds from one refresh to the next")
     parser.add_argument("--keep-labels", type=float, default=0.5, help="weight of labels one refresh old")
     parser.add_argument("--min-agreement", type=float, default=0.5, help="agreement on the probe below which they are dropped")
+    parser.add_argument("--carry", type=float, default=1.0, help="weight of the scores before, to which new ones are added")
     parser.add_argument("--drift-threshold", type=float, default=0.8)
     parser.add_argument("--target-texts", type=int, default=48, help="target texts per set to label with")
     parser.add_argument("--judge-texts", type=int, default=48, help="target texts per set to measure the loss on")
     parser.add_argument("--rule", default="top_share", help="selection rule of all strategies that rank")
+    parser.add_argument("--top-share", type=float, default=0.2, help="share that the rule top_share draws from")
+    parser.add_argument("--combine", default="sum_z", help="how several targets become one; 'mean' is that of the nats judged by")
+    parser.add_argument("--average-decay", type=float, default=0.95, help="of the averaged weights; 0 takes the last ones")
     parser.add_argument("--surrogate", default="ridge")
     parser.add_argument("--encoder", nargs="+", default=["hashed_ngrams", "text_stats"])
     options = parser.parse_args()
@@ -135,6 +142,7 @@ def _one_seed(options: Any, pool: Any, targets: dict[str, Any], *, aims: list[st
         num_tokens=options.warmup_tokens,
         seed=seed,
         rows_per_step=8,
+        average_decay=options.average_decay or None,
     )
     labelling, judging = _halves(targets, options, seed=seed)
     counts = [len(text.input_ids) for text in lm.encode(pool)]
@@ -193,6 +201,7 @@ def _strategy(
         "refresh_every": options.refresh_every,
         "keep_labels": options.keep_labels,
         "min_agreement": options.min_agreement,
+        "carry": options.carry,
     }
     return "refresh", refresh if name == "refresh" else {
         **refresh,
@@ -216,6 +225,8 @@ def _train(
     """Train a copy of the checkpoint round by round; return losses beside what training and selecting took until then."""
     lm = LanguageModel.from_pretrained(folder / "model", max_tokens=options.tokens)
     columns = prepare_targets(lm, judging, halves=False)
+    average = _average(options, folder, lm)
+    is_ranked = strategy[0] not in BLIND
     refresher = Refresher(
         pool,
         targets,
@@ -223,7 +234,8 @@ def _train(
         cache=folder.parent / "features",
         num_tokens=num_tokens,
         strategy=strategy[0],
-        rule=options.rule if strategy[0] not in BLIND else "top",
+        rule=options.rule if is_ranked else "top",
+        rule_options=_rule_options(options) if is_ranked else {},
         seed=seed,
         **strategy[1],
     )
@@ -231,7 +243,9 @@ def _train(
     curve: dict[str, Any] = {"training_flops": [], "training_seconds": [], "cost_flops": [], "cost_seconds": [], "losses": []}
     tokens, seconds, spent = 0, 0.0, {"flops": 0.0, "seconds": 0.0}
     for index in range(options.rounds):
-        made = refresher.next_round(lm, num_tokens=options.round_tokens, coming_flops=pass_flops * options.round_tokens)
+        made = refresher.next_round(
+            lm, num_tokens=options.round_tokens, coming_flops=pass_flops * options.round_tokens, average=average
+        )
         for unit in spent:
             spent[unit] += sum(stage[unit] for stage in made.record["costs"].values())
         plan = TrainingPlan(
@@ -246,7 +260,7 @@ def _train(
             refresher.pool.select(made.rows),
             plan,
             title=f"{run_folder.name}, seed {seed}, round {index}",
-            evaluate=lambda model: dict(zip(columns.names, columns.combine(columns.losses(model)).tolist(), strict=True)),
+            evaluate=lambda model: _losses(columns, model, average),
         )
         trained = found.seconds - found.evaluation_seconds
         for place in range(1 if index else 0, len(found.losses)):
@@ -266,6 +280,26 @@ def _train(
         "drifts": [record["drift"] for record in records],
         "agreements": [record["facts"].get("agreements_with_older_labels") for record in records],
     }
+
+
+def _average(options: Any, folder: Path, lm: LanguageModel) -> WeightAverage | None:
+    """Return the running average of the weights as the warm-up left it; None where the last weights are measured at."""
+    if not options.average_decay:
+        return None
+    assert lm.optimizer is not None
+    average = WeightAverage(lm.module, decay=options.average_decay)
+    average.load(averaged_beside(folder / "model"))
+    average.watch(lm.optimizer)
+    return average
+
+
+def _losses(columns: TargetColumns, lm: LanguageModel, average: WeightAverage | None) -> dict[str, float]:
+    with nullcontext() if average is None else average.applied():
+        return dict(zip(columns.names, columns.combine(columns.losses(lm)).tolist(), strict=True))
+
+
+def _rule_options(options: Any) -> dict[str, Any]:
+    return {"combine": options.combine, **({"share": options.top_share} if options.rule == "top_share" else {})}
 
 
 def _figures(run: dict[str, Any], targets: dict[str, Any], aim: str) -> dict[str, Any]:

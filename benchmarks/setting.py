@@ -18,6 +18,7 @@ from oracle.tables import aligned
 from oracle.texts import list_text_ids
 from surrogate.training.loop import TrainingPlan, train
 from surrogate.training.small_models import build_model, train_tokenizer
+from surrogate.training.weight_average import WeightAverage
 
 
 def arguments(description: str, *, pool: bool = True) -> argparse.ArgumentParser:
@@ -74,14 +75,19 @@ def warmed_up(
     seed: int = 0,
     learning_rate: float = 2e-3,
     rows_per_step: int = 16,
+    average_decay: float | None = None,
 ) -> LanguageModel:
-    """Make a tokenizer and a model, train them on random texts, keep the checkpoint with its optimiser, or reuse it."""
+    """Make a tokenizer and a model, train them on random texts, keep the checkpoint with its optimiser, or reuse it.
+
+    With `average_decay` the running average of the weights is kept in the folder `averaged_beside(folder)`; killed, such a
+    warm-up begins again.
+    """
     claim(
         folder.with_name(f"{folder.name}.json"),
         {
             "texts": fingerprint(sorted(list_text_ids(texts))),
             "shape": [architecture, width, num_layers, vocabulary_size, max_tokens],
-            "training": [num_tokens, seed, learning_rate, rows_per_step],
+            "training": [num_tokens, seed, learning_rate, rows_per_step, *([] if average_decay is None else [average_decay])],
         },
     )
     if not folder.exists():
@@ -96,6 +102,9 @@ def warmed_up(
         )
         optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
         lm = LanguageModel(module, AutoTokenizer.from_pretrained(tokenizer_folder), optimizer, max_tokens=max_tokens)
+        average = None if average_decay is None else WeightAverage(module, decay=average_decay)
+        if average is not None:
+            average.watch(optimizer)
         plan = TrainingPlan(
             num_tokens=num_tokens,
             row_tokens=max_tokens,
@@ -108,11 +117,19 @@ def warmed_up(
             lm,
             texts,
             plan,
-            folder=folder.with_name(f"{folder.name}-training"),
+            folder=None if average is not None else folder.with_name(f"{folder.name}-training"),
             title=f"warm-up of {lm.num_parameters / 1e6:.1f}M parameters",
         )
+        if average is not None:
+            averaged_beside(folder).mkdir(parents=True, exist_ok=True)
+            average.save(averaged_beside(folder))
         lm.save(folder)
     return LanguageModel.from_pretrained(folder, max_tokens=max_tokens)
+
+
+def averaged_beside(folder: Path) -> Path:
+    """Return where `warmed_up` keeps the running average of a checkpoint's weights."""
+    return folder.with_name(f"{folder.name}-average")
 
 
 def shape_arguments(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from surrogate.training.selected_dataset import SelectedDataset as SelectedDataset
     from surrogate.training.selected_dataset import SelectedSampler as SelectedSampler
     from surrogate.training.streaming import StreamRefresher as StreamRefresher
+    from surrogate.training.weight_average import WeightAverage as WeightAverage
 
 _HOMES = {
     "InfluenceCallback": "surrogate.training.callback",
@@ -26,6 +27,7 @@ _HOMES = {
     "SelectedDataset": "surrogate.training.selected_dataset",
     "SelectedSampler": "surrogate.training.selected_dataset",
     "StreamRefresher": "surrogate.training.streaming",
+    "WeightAverage": "surrogate.training.weight_average",
     "plan": "surrogate.planning.planner",
     "what_to_label_next": "surrogate.label_next",
 }

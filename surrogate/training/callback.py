@@ -34,12 +34,13 @@ from oracle.texts import read_texts
 from surrogate.training.pool_texts import PoolTexts, collate
 from surrogate.training.refresher import OWN_OPTIONS, Refresher
 from surrogate.training.refresher_options import check_targets, make_strategy
-from surrogate.training.resume_check import check_resumed
+from surrogate.training.resume_check import check_resumed, find_checkpoint
 from surrogate.training.round_feed import RoundFeed
 from surrogate.training.round_reports import metrics_of
 from surrogate.training.selected_dataset import SelectedDataset
 from surrogate.training.streaming import StreamRefresher
 from surrogate.training.trainer_checks import check_arguments, check_loader, check_order, inner_optimizer, order_of, rows_in_pool
+from surrogate.training.weight_average import WeightAverage
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,6 +72,8 @@ class InfluenceCallback(TrainerCallback, ExportableState):
         base: A dataset of your own whose item i is text i of `callback.pool`; None tokenises the pool's texts.
         keep_autocast: Measure labels in the Trainer's mixed precision: cheaper, and only for methods by gradients (see
             `surrogate.training.full_precision`).
+        average_decay: Measure at a running average of the weights with this decay (`WeightAverage`), which checkpoints then
+            hold beside the weights; None measures at the last weights, whose labels are noisy at a constant learning rate.
         window: The pool is a stream, of which so many texts at a time are chosen from, in `rounds_per_window` rounds (see
             `surrogate.training.streaming`). Resuming is then exact only as far as the stream repeats itself.
         **refresher_options: Further options of `Refresher` (`refresh_every`, `drift_threshold`, `consume_once`,
@@ -99,11 +102,12 @@ class InfluenceCallback(TrainerCallback, ExportableState):
         row_tokens: int | None = None,
         base: Any = None,
         keep_autocast: bool = False,
+        average_decay: float | None = None,
         window: int | None = None,
         **refresher_options: Any,
     ) -> None:
         check_at_least("every", every, 1)
-        self.every, self.keep_autocast = every, keep_autocast
+        self.every, self.keep_autocast, self.average_decay = every, keep_autocast, average_decay
         self._max_tokens, self._tokenizer = max_tokens, tokenizer
         self._stream: StreamRefresher | None = None
         # Targets and strategy now, so that a mistake in them is told before a large model is loaded.
@@ -126,6 +130,7 @@ class InfluenceCallback(TrainerCallback, ExportableState):
         self._args: Any = None
         self._trainer: Any = None
         self._begun: Any = None  # the state of the training that was begun last
+        self._watching: Any = None  # what ends the average's watch of the optimiser
         self._mark_seconds = 0.0  # since when training runs
 
     # ------------------------------------------------------------------ what users call
@@ -215,6 +220,7 @@ class InfluenceCallback(TrainerCallback, ExportableState):
         num_batches = self.every * args.gradient_accumulation_steps
         loader = kwargs["train_dataloader"]
         check_loader(loader, self.train_dataset, num_batches=num_batches, is_own_base=self._own_base)
+        self._begin_average(args, state, kwargs["model"], inner_optimizer(kwargs["optimizer"]))
         if state.global_step:
             stored = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
             if not {"feed", "order"} <= set(stored):
@@ -269,14 +275,34 @@ class InfluenceCallback(TrainerCallback, ExportableState):
         self._mark_seconds = time.perf_counter()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave out the seconds of the saving."""
+        """Put the average beside the weights, and leave out the seconds of the saving."""
+        average = self._running().average
+        if average is not None and state.is_world_process_zero:
+            average.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         self._mark_seconds = time.perf_counter()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the account, and say where the promise on cost was not kept."""
         self._running().finish(state.global_step)
+        self._end_watch()
 
     # ------------------------------------------------------------------ parts
+
+    def _begin_average(self, args: Any, state: Any, model: Any, optimizer: Any) -> None:
+        """Average the weights from here on; after a resume, from where the checkpoint was."""
+        self._end_watch()
+        if self.average_decay is None:
+            return
+        average = WeightAverage(model, decay=self.average_decay)
+        if state.global_step:
+            folder = find_checkpoint(args, state.global_step)
+            average.load(folder or Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self._running().average, self._watching = average, average.watch(optimizer)
+
+    def _end_watch(self) -> None:
+        if self._watching is not None:
+            self._watching.remove()
+        self._watching = None
 
     def _build(self) -> None:
         options = {"num_rounds": math.ceil(self._args.max_steps / self.every), **self._refresher_options}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ from surrogate.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from oracle.language_model import LanguageModel
+    from surrogate.training.weight_average import WeightAverage
 
 ON_FAILURE = ("continue", "stop")
 OVERHEAD_FILE = "overhead.json"
@@ -184,6 +186,7 @@ class Refresher:
         trained_seconds: float = 0.0,
         coming_flops: float = 0.0,
         planned_flops: float | None = None,
+        average: WeightAverage | None = None,
     ) -> Round:
         """Choose the texts of the next round; label, fit and score first where a refresh is due.
 
@@ -199,6 +202,8 @@ class Refresher:
             trained_seconds: Seconds of training so far, likewise summed over processes; labels count theirs in the same way.
             coming_flops: FLOPs of training in the coming round.
             planned_flops: FLOPs of the whole training, where they are known.
+            average: The running average of the model's weights, to measure there and not at the last weights, whose labels
+                are noisy at a constant learning rate. A resumed training has to bring its average along.
 
         Raises:
             InputError: Not exactly one of `num_texts` and `num_tokens`, or what the strategy or rule raises.
@@ -211,7 +216,7 @@ class Refresher:
         start_seconds = time.perf_counter()
         self.overhead.planned_flops = planned_flops
         self.overhead.observe(flops=trained_flops, seconds=trained_seconds)
-        with working_together() as processes:
+        with nullcontext() if average is None else average.applied(), working_together() as processes:
             with processes.all_or_none():
                 identity = self._identity(lm, size)
             processes.require_same(identity)

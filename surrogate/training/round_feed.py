@@ -26,6 +26,7 @@ from surrogate.training.streaming import StreamRefresher
 
 if TYPE_CHECKING:
     from oracle.language_model import LanguageModel
+    from surrogate.training.weight_average import WeightAverage
 
 FLOPS_PER_FORWARD = 3.0  # forward and backward
 LENGTH_SAMPLE = 512  # texts whose mean length stands for the pool's
@@ -42,6 +43,7 @@ class RoundFeed:
         world_size: Processes that train.
         max_steps: Steps of the whole training, where they are known.
         keep_autocast: Leave the mixed precision that Accelerate has put around the model in place while it is measured.
+        average: Measure at this running average of the weights.
     """
 
     def __init__(
@@ -54,10 +56,12 @@ class RoundFeed:
         world_size: int = 1,
         max_steps: int | None = None,
         keep_autocast: bool = False,
+        average: WeightAverage | None = None,
     ) -> None:
         check_at_least("every", every, 1)
         self.refresher, self.dataset, self.texts = refresher, dataset, texts
         self.every, self.world_size, self.max_steps, self.keep_autocast = every, world_size, max_steps, keep_autocast
+        self.average = average
         self.present: Round | None = None
         self._rounds_counted, self._tokens_before = 0, 0  # whole rounds that were trained on, and their tokens
         self._seconds = 0.0
@@ -137,6 +141,7 @@ class RoundFeed:
             trained_seconds=self._seconds * self.world_size,
             coming_flops=coming,
             planned_flops=None if self.max_steps is None else coming * self.max_steps / self.every,
+            average=self.average,
         )
 
     # ------------------------------------------------------------------ account

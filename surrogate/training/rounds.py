@@ -27,6 +27,7 @@ from surrogate.training.round_reports import metrics_of
 from surrogate.training.round_store import Round
 from surrogate.training.selected_dataset import SelectedDataset, mixed
 from surrogate.training.streaming import StreamRefresher
+from surrogate.training.weight_average import WeightAverage
 
 OWN_LOADER_OPTIONS = ("dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "collate_fn", "generator")
 
@@ -51,6 +52,8 @@ class Rounds:
         shuffle: Mix each round's items; False keeps the order of the ranking, best first.
         keep_autocast: Measure labels in the mixed precision of Accelerate's training: cheaper, and only for methods by
             gradients (see `surrogate.training.full_precision`).
+        average: Measure at this running average of the weights, which watches the optimiser; a checkpoint of the training
+            needs its `state_dict` beside this one.
         seed: Decides the order.
         loader_options: Further options of `torch.utils.data.DataLoader`, such as `num_workers`.
 
@@ -77,6 +80,7 @@ class Rounds:
         collate_fn: Callable[[list[Any]], Any] = collate,
         shuffle: bool = True,
         keep_autocast: bool = False,
+        average: WeightAverage | None = None,
         seed: int = 0,
         loader_options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -114,6 +118,7 @@ class Rounds:
             world_size=self._world_size,
             max_steps=max_steps,
             keep_autocast=keep_autocast,
+            average=average,
         )
         self._batches: list[list[int]] = []  # places of the dataset that this process still has to train on in the round
         self._loader = torch.utils.data.DataLoader(
