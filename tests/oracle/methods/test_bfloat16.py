@@ -16,7 +16,7 @@ import oracle
 from oracle.comparison import spearman
 from oracle.gradients.curvature import fit_factors
 
-ARCHITECTURES = ["gpt2", "neox", "llama"]
+ARCHITECTURES = ["gpt2", "neox", "llama", "mistral", "qwen3", "mixtral"]
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # AdamW's own
 
 
@@ -28,6 +28,7 @@ class Setting:
         optimizer = make_adamw(module, make_token_texts(6, seed=1), num_steps=6) if with_adam else None
         self.lm = oracle.LanguageModel(module, optimizer=optimizer, max_tokens=64, device="cpu")
         self.exact = copy.deepcopy(module).double()
+        self.exact.config._experts_implementation = "eager"  # the others take no float64
         self.sample = make_token_texts(16, seed=101)
         self.targets = {"several": make_token_texts(6, seed=201), "others": make_token_texts(4, seed=301)}
         self.fit_texts = make_token_texts(24, seed=401)
@@ -97,7 +98,7 @@ def test_grad_dot_is_off_by_little(kind, preconditioner, make_setting):
     expected = scale * _products(setting.own, goals)
     labels = setting.label("grad_dot", preconditioner=preconditioner)
     assert labels.meta["facts"]["route"] == "batched"
-    assert 1e-4 < _error(labels.values, expected) < 0.045
+    assert 1e-4 < _error(labels.values, expected) < (0.15 if kind == "qwen3" else 0.045)  # it norms queries and keys too
     assert _spearman(labels.values, expected) > 0.98
     one = oracle.label(  # with one direction and no norms a layer's products are made of its activations
         setting.lm, setting.sample, setting.targets["several"], method="grad_dot", preconditioner=preconditioner, halves=False
