@@ -2,10 +2,11 @@
 
 One small model, trained by the Hugging Face Trainer and by a plain loop on texts that fill their rows, so that every step
 costs the same. With the callback (or `Rounds`) a round has `--every` steps, and all but the first go on with the ranking that
-stands, of which a rule that looks at no score takes texts. Measured are the steps after the first round, with the beginnings
-of rounds among them. Runs with and without take turns in one process, and a figure is the median over the turns of a ratio
-taken within one turn. Times are the process's own CPU seconds where there is no GPU (other jobs on the machine then count
-little), and wall-clock seconds on a GPU.
+stands, of which a rule that looks at no score takes texts. Measured are the steps after the first round: the median of those
+within a round, and the median of those that begin one, which count once in a round. Runs with and without take turns in one
+process, one going first and then the other, and a figure is the median over the turns of a ratio taken within one turn. Times
+are the process's own CPU seconds where there is no GPU (other jobs on the machine then count little), and wall-clock seconds
+on a GPU.
 
     python benchmarks/callback_overhead.py --threads 1
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import shutil
 import statistics
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +143,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="texts per step")
     parser.add_argument("--every", type=int, default=25, help="steps of a round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--turns", type=int, default=8)
     options = parser.parse_args()
     start(options)
     world = World(options)
@@ -153,10 +155,11 @@ def main() -> None:
     steps = {name: ([], []) for name in ways}
     for turn in range(options.turns + 1):
         for name, way in ways.items():
-            pair = [_seconds_per_step(way(is_refreshed=is_refreshed), options.every) for is_refreshed in (True, False)]
+            order = (True, False) if turn % 2 else (False, True)
+            pair = {flag: _seconds_per_step(way(is_refreshed=flag), options.every) for flag in order}
             if turn:  # the first turn warms up
-                for times, seconds in zip(steps[name], pair, strict=True):
-                    times.append(seconds)
+                for times, flag in zip(steps[name], (True, False), strict=True):
+                    times.append(pair[flag])
     shutil.rmtree(world.folder)
     ratios = {name: [without / with_it for with_it, without in zip(*times, strict=True)] for name, times in steps.items()}
     report(
@@ -181,8 +184,11 @@ def main() -> None:
 
 
 def _seconds_per_step(stamps: list[float], every: int) -> float:
-    """Mean seconds of the steps after the first round."""
-    return (stamps[-1] - stamps[every - 1]) / (len(stamps) - every)
+    """Seconds per step after the first round, by medians of the steps that begin a round and of those within one."""
+    steps = [later - earlier for earlier, later in pairwise(stamps)][every - 1 :]
+    begins = [seconds for place, seconds in enumerate(steps) if place % every == 0]
+    within = [seconds for place, seconds in enumerate(steps) if place % every]
+    return (statistics.median(begins) + (every - 1) * statistics.median(within)) / every
 
 
 if __name__ == "__main__":

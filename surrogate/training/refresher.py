@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from oracle.artifacts import fingerprint, write_json
+from oracle.artifacts import fingerprint
 from oracle.errors import InputError, MismatchError, MissingFileError, check_choice
 from oracle.processes import working_together
 from oracle.targets import read_targets
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from surrogate.training.weight_average import WeightAverage
 
 ON_FAILURE = ("continue", "stop")
-OVERHEAD_FILE = "overhead.json"
 
 
 class Refresher:
@@ -143,6 +142,7 @@ class Refresher:
         )
         self._maker = self._make_maker(cache)
         self._records: list[dict[str, Any]] = []
+        self._last: Round | None = None  # that was read
         self._options = describe_run(
             text_ids=self.text_ids,
             targets=self.targets,
@@ -289,19 +289,6 @@ class Refresher:
         """Return one row per round: why, how well, how much; `rounds.jsonl` in the workdir has the same."""
         return [dict(record) for record in self._records]
 
-    def close_account(self, *, trained_flops: float, trained_seconds: float) -> dict[str, Any]:
-        """Return what selecting cost of the training that was done (see `Overhead.report`), and keep it in `overhead.json`.
-
-        Args:
-            trained_flops: FLOPs of the training, over all processes.
-            trained_seconds: Its seconds, likewise.
-        """
-        self.overhead.observe(flops=trained_flops, seconds=trained_seconds)
-        report = self.overhead.report()
-        with working_together() as processes:
-            processes.on_first(lambda: write_json(self.store.folder / OVERHEAD_FILE, report))
-        return report
-
     # ------------------------------------------------------------------ identity
 
     def _identity(self, lm: LanguageModel | None, size: Mapping[str, int]) -> dict[str, Any]:
@@ -323,8 +310,10 @@ class Refresher:
         return self.store.stored(len(self._records), identity)
 
     def _round(self, index: int, record: dict[str, Any]) -> Round:
-        ids = self.store.selected_ids(index)
-        return Round(index, self._state.rows(ids), ids, record)
+        if self._last is None or self._last.record["chain"] != record["chain"]:
+            ids = self.store.selected_ids(index)
+            self._last = Round(index, self._state.rows(ids), ids, record)
+        return self._last
 
     def _accept(self, record: dict[str, Any]) -> Round:
         made = self._round(len(self._records), record)

@@ -106,16 +106,19 @@ class RoundFeed:
         """Close the account of a training that ends after `step` steps, and say where it does not keep the promise.
 
         Returns:
-            What `Refresher.close_account` returns; None of a stream, which has no such account, and where no round began.
+            What `Overhead.report` returns, which `overhead.json` in the workdir keeps; None of a stream, which has no such
+            account, and where no round began.
         """
         if isinstance(self.refresher, StreamRefresher) or self._flops_per_token is None:
             return None
         index, done = divmod(step, self.every)
         self._count_until(index)
         tokens = self._tokens_before + (self._tokens_of(index) * done / self.every if done else 0.0)
-        report = self.refresher.close_account(
-            trained_flops=self._flops_per_token * tokens, trained_seconds=self._seconds * self.world_size
-        )
+        account, store = self.refresher.overhead, self.refresher.store
+        account.observe(flops=self._flops_per_token * tokens, seconds=self._seconds * self.world_size)
+        report = account.report()
+        with working_together() as processes:
+            processes.on_first(lambda: store.write_account(report))
         if report["is_kept"] is False:
             told = f"selecting cost more than max_overhead={report['max_overhead']:g} of the training: {report['why_not']}"
             warnings.warn(told, OverheadWarning, stacklevel=3)

@@ -1,6 +1,6 @@
 """Rounds on disk: what was chosen, by which ranking, why, and what it cost.
 
-    refresher.json  rounds.jsonl  round-00003/{ranking/, selection.parquet, round.json}
+    refresher.json  rounds.jsonl  overhead.json  round-00003/{ranking/, selection.parquet, round.json}
 
 `round.json` is written last, so its existence means complete. A ranking in the making lies in `ranking/` with the identity
 of what it is made from, and is thrown away when that changes.
@@ -26,6 +26,7 @@ from surrogate.selection import Selection
 from surrogate.training.strategies import Ranking
 
 OPTIONS_FILE, TABLE_FILE, ROUND_FILE, SELECTION_FILE = "refresher.json", "rounds.jsonl", "round.json", "selection.parquet"
+OVERHEAD_FILE = "overhead.json"
 VALUE_PREFIX = "value."  # of the columns by which texts were ranked, one for each target set, whatever that is called
 
 
@@ -139,6 +140,10 @@ class RoundStore:
             Labels.load(folder / "used_labels") if (folder / "used_labels").exists() else None,
             None if fidelity is None else Fidelity.from_dict(fidelity),
         )
+
+    def write_account(self, report: Mapping[str, Any]) -> None:
+        """Keep what selecting cost in all, at the end of training."""
+        write_json(self.folder / OVERHEAD_FILE, dict(report))
 
     def write(self, record: Mapping[str, Any], selection: Selection, earlier: list[dict[str, Any]]) -> None:
         """Finish a round; later ones, which followed from another past, go."""

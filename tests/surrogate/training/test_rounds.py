@@ -122,7 +122,8 @@ def test_texts_come_again_when_that_is_wanted_or_when_the_pool_is_spent(make_mod
     assert len({text_id for round_ in rounds for text_id in round_}) < sum(map(len, rounds))
     small = Training(make_module, pool[:20], tmp_path / "small").run()
     assert [record["starts_pass"] for record in small.refresher.table()] == [False, True, True]
-    tiny = Training(make_module, pool[:5], tmp_path / "tiny", max_steps=3).run()
+    with pytest.warns(SmallPoolWarning):
+        tiny = Training(make_module, pool[:5], tmp_path / "tiny", max_steps=3).run()
     assert len(tiny.batches) == 6 and len(tiny.refresher.round_at(0).text_ids) == 5
 
 

@@ -47,6 +47,7 @@ def test_each_round_trains_on_texts_of_its_window(loader, make_module, tmp_path)
     table = rounds.feed.refresher.table()
     assert [(record["index"], record["window"]) for record in table] == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2)]
     assert rounds.metrics()["influence/round"] == 4.0
+    assert rounds.state_dict()["feed"]["tokens_before"] == 4 * 8 * 3  # of the four rounds before the last one
 
 
 def test_a_resumed_training_goes_on_in_the_stream_and_says_that_this_is_approximate(make_module, tmp_path):
