@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import datasets
 
 _REPORT = "_read_report"
+MAX_CHUNKS = 64  # of a column; rows that were picked out of a Dataset come as one each, and every later pick goes through all
 
 
 class TextsRejectedWarning(UserWarning):
@@ -253,6 +254,8 @@ def _make_dataset(table: pa.Table, features_of_others: dict[str, Any]) -> datase
 
     features = datasets.Features.from_arrow_schema(table.schema)
     features.update(features_of_others)
+    if any(column.num_chunks > MAX_CHUNKS for column in table.columns):
+        table = table.combine_chunks()
     return datasets.Dataset(datasets.table.InMemoryTable(table), info=datasets.DatasetInfo(features=features))
 
 

@@ -487,3 +487,12 @@ def test_a_bare_text_in_the_place_of_a_source_is_not_repeated_whole(text):
 def test_a_sample_without_a_text_column_names_the_call_that_takes_one():
     with pytest.raises(InputError, match=r"oracle\.read_texts\(source, text_column=\.\.\.\)"):
         read_texts([{"body": "a text"}])
+
+
+def test_rows_that_were_picked_out_of_a_dataset_lie_together_again():
+    """Picking rows of it, as a loader does for every batch, otherwise goes through as many pieces as there are texts."""
+    whole = read_texts([f"text {number}" for number in range(300)])
+    picked = read_texts(whole.select(range(299, -1, -2)))
+    assert picked["text"][:2] == ["text 299", "text 297"] and len(picked) == 150
+    assert max(column.num_chunks for column in picked.data.table.columns) == 1
+    assert read_texts(picked.select(range(3)))["text_id"][:] == picked["text_id"][:3]
