@@ -47,7 +47,8 @@ def main() -> None:
     sample = pool.select([row for row, text_id in enumerate(list_text_ids(pool)) if text_id in chosen])
     planted = oracle.plant(sample, target_sets, num_per_kind=options.planted, seed=options.seed)
     labels = {
-        spec: _label(spec, lm, planted, target_sets, workdir=folder / "labels", seed=options.seed) for spec in options.methods
+        spec: _label(spec, lm, sample, planted, target_sets, workdir=folder / "labels", seed=options.seed)
+        for spec in options.methods
     }
     labels |= {name: _control(name, lm, planted, target_sets, seed=options.seed) for name in options.controls}
     judgement = oracle.judge(
@@ -106,10 +107,15 @@ def _options() -> Any:
     return parser.parse_args()
 
 
-def _label(spec: str, lm: LanguageModel, planted: Planted, target_sets: list[Any], *, workdir: Any, seed: int) -> Labels:
-    """Label with a method given as `name` or `name:option=value,option=value`."""
+def _label(
+    spec: str, lm: LanguageModel, sample: Any, planted: Planted, target_sets: list[Any], *, workdir: Any, seed: int
+) -> Labels:
+    """Label with a method given as `name` or `name:option=value,option=value`; ekfac fits its factors on the sample."""
     name, _, given = spec.partition(":")
     needs = needs_of(plugins.load(METHODS, name))
+    method_options = parse_options(given.split(",") if given else [])
+    if name == "ekfac" and "factors" not in method_options:
+        method_options.setdefault("fit_texts", sample)
     return label(
         lm,
         planted.texts,
@@ -117,7 +123,7 @@ def _label(spec: str, lm: LanguageModel, planted: Planted, target_sets: list[Any
         method=name,
         workdir=workdir / re.sub(r"[^A-Za-z0-9_.=-]", "_", spec),
         seed=seed,
-        **parse_options(given.split(",") if given else []),
+        **method_options,
     )
 
 

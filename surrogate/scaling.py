@@ -166,36 +166,45 @@ class FeatureScaler:
         self._mean = np.where(is_constant, features[0], weighted_mean(features, weights))
         self._inverse_std = np.where(is_constant | (std == 0), 0.0, 1.0 / std_or_one)
         self._relevance = np.ones(features.shape[1])
-        if y is not None:
-            self._relevance = _relevance(self._standardised(features), np.asarray(y, dtype=np.float64), weights)
-        return self
+        return self if y is None else self.weighed_by(features, y, weights=weights)
+
+    def weighed_by(self, x: ArrayLike, y: ArrayLike, *, weights: NDArray[np.float64] | None = None) -> FeatureScaler:
+        """Return a scaler with this one's means and spreads, and the relevance that features (S, D) have to labels (S, C)."""
+        self._require_fitted()
+        weighed = FeatureScaler()
+        weighed._mean, weighed._inverse_std = self._mean, self._inverse_std
+        weighed._relevance = _relevance(self._standardised(np.asarray(x)), np.asarray(y, dtype=np.float64), weights)
+        return weighed
 
     def transform(self, x: ArrayLike) -> NDArray[np.float32]:
         """Return standardised and weighted features (B, D) as float32."""
-        if self._mean is None or self._relevance is None:
-            raise InputError("this FeatureScaler has not been fitted.", "a fitted scaler", "call fit(features) first.")
+        mean, _, relevance = self._require_fitted()
         features = np.asarray(x)
-        if features.ndim != 2 or features.shape[1] != len(self._mean):
+        if features.ndim != 2 or features.shape[1] != len(mean):
             raise InputError(
                 f"features of shape {features.shape} were given.",
-                f"a matrix with {len(self._mean)} columns",
+                f"a matrix with {len(mean)} columns",
                 "use the features that the scaler was fitted on.",
             )
         weighed = self._standardised(features)
-        weighed *= self._relevance
+        weighed *= relevance
         return weighed.astype(np.float32)
 
+    def standardises_like(self, other: FeatureScaler) -> bool:
+        """Whether the other has the same means and spreads; the relevance may differ."""
+        mine, others = self._require_fitted(), other._require_fitted()
+        return all(a is b or np.array_equal(a, b) for a, b in zip(mine[:2], others[:2], strict=True))
+
     def _standardised(self, features: NDArray) -> NDArray[np.float64]:
-        assert self._mean is not None and self._inverse_std is not None
-        standardised = np.subtract(features, self._mean, dtype=np.float64)
-        standardised *= self._inverse_std
+        mean, inverse_std, _ = self._require_fitted()
+        standardised = np.subtract(features, mean, dtype=np.float64)
+        standardised *= inverse_std
         return np.clip(standardised, -FEATURE_CLIP, FEATURE_CLIP, out=standardised)
 
     def arrays(self) -> dict[str, NDArray]:
         """Return what was learned as named arrays."""
-        if self._mean is None or self._inverse_std is None or self._relevance is None:
-            raise InputError("this FeatureScaler has not been fitted.", "a fitted scaler", "call fit(features) first.")
-        return {"mean": self._mean, "inverse_std": self._inverse_std, "relevance": self._relevance}
+        mean, inverse_std, relevance = self._require_fitted()
+        return {"mean": mean, "inverse_std": inverse_std, "relevance": relevance}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, NDArray]) -> FeatureScaler:
@@ -203,6 +212,12 @@ class FeatureScaler:
         scaler = cls()
         scaler._mean, scaler._inverse_std, scaler._relevance = arrays["mean"], arrays["inverse_std"], arrays["relevance"]
         return scaler
+
+    def _require_fitted(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Return mean, inverse standard deviation and relevance of the columns, (D,) each."""
+        if self._mean is None or self._inverse_std is None or self._relevance is None:
+            raise InputError("this FeatureScaler has not been fitted.", "a fitted scaler", "call fit(features) first.")
+        return self._mean, self._inverse_std, self._relevance
 
 
 def weighted_mean(values: NDArray, weights: NDArray[np.float64] | None) -> NDArray[np.float64]:

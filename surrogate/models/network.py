@@ -28,6 +28,7 @@ from torch import Tensor
 from oracle.errors import InputError, check_at_least, check_choice
 from oracle.plugins import option
 from surrogate.continuation import check_warm_start
+from surrogate.joint_forward import JointForward
 from surrogate.linear import fit_scaled_ridge
 from surrogate.models import (
     TrainingData,
@@ -150,8 +151,10 @@ class InfluenceNetwork:
         scaled = label_scaler.transform(data.labels)
         intercept = weighted_mean(scaled, data.weights)
         targets = scaled - intercept
+        scaler = FeatureScaler().fit(data.features, weights=data.weights)
         members, held_out, outputs = zip(
-            *(self._train_member(number, data, targets, earlier=member) for number, member in enumerate(earlier)), strict=True
+            *(self._train_member(number, data, targets, scaler=scaler, earlier=member) for number, member in enumerate(earlier)),
+            strict=True,
         )
         gate = torch.ones(targets.shape[1], dtype=torch.float32)
         weights = torch.zeros(data.features.shape[1], targets.shape[1], dtype=torch.float32)
@@ -194,12 +197,14 @@ class InfluenceNetwork:
         features = features_to_score(X, self.num_features_ if hasattr(self, "members_") else None)
         num_targets = len(self.intercept_)
         scores, spreads = np.zeros((2, len(features), num_targets), dtype=np.float32)
-        for start in range(0, len(features), ROWS_PER_BLOCK):
-            block = slice(start, start + ROWS_PER_BLOCK)
-            outputs = self._member_outputs(features[block])  # (members, b, C)
-            scores[block] = self.from_label_scale(outputs.mean(axis=0))
-            if return_spread:
-                spreads[block] = np.stack([self._label_scaler.inverse(output) for output in outputs]).std(axis=0)
+        with _own_settings(), torch.no_grad():
+            joint = self._joint_forward()
+            for start in range(0, len(features), ROWS_PER_BLOCK):
+                block = slice(start, start + ROWS_PER_BLOCK)
+                outputs = self._member_outputs(joint, features[block])  # (members, b, C)
+                scores[block] = self.from_label_scale(outputs.mean(axis=0))
+                if return_spread:
+                    spreads[block] = np.stack([self._label_scaler.inverse(output) for output in outputs]).std(axis=0)
         return (scores, spreads) if return_spread else scores
 
     def from_label_scale(self, output: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -267,17 +272,13 @@ class InfluenceNetwork:
         """Widths of the hidden layers."""
         return _parse_widths(self.hidden)
 
-    def _member_outputs(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
-        with _own_settings(), torch.no_grad():
-            linear = self.intercept_.expand(len(features), -1)  # (b, C)
-            if self._linear_scaler is not None:
-                x = torch.from_numpy(self._linear_scaler.transform(features))
-                linear = linear + (1 - self.gate_) * (x @ self.weights_)
-            outputs = [
-                linear + self.gate_ * member.output(torch.from_numpy(member.scaler.transform(features)))
-                for member in self.members_
-            ]
-        return torch.stack(outputs).double().numpy()
+    def _member_outputs(self, joint: JointForward, features: NDArray[np.float32]) -> NDArray[np.float64]:
+        of_members, of_linear = joint.outputs(features)
+        linear = self.intercept_ if of_linear is None else self.intercept_ + (1 - self.gate_) * of_linear
+        return torch.stack([linear + self.gate_ * output for output in of_members]).double().numpy()
+
+    def _joint_forward(self) -> JointForward:
+        return JointForward.of(self.members_, None if self._linear_scaler is None else (self._linear_scaler, self.weights_))
 
     def _held_out(self, data: TrainingData, number: int) -> NDArray[np.bool_]:
         """Return which texts (S,) decide when a member stops."""
@@ -285,9 +286,17 @@ class InfluenceNetwork:
         return grouped_holdout(data.groups, fraction=self.validation_fraction, seed=seed, keys=data.keys)
 
     def _train_member(
-        self, number: int, data: TrainingData, targets: NDArray[np.float64], *, earlier: Perceptron | None
+        self,
+        number: int,
+        data: TrainingData,
+        targets: NDArray[np.float64],
+        *,
+        scaler: FeatureScaler,
+        earlier: Perceptron | None,
     ) -> tuple[Perceptron, NDArray, Tensor]:
         """Train one member on all but its own held-out texts, from random weights or from those of an earlier one.
+
+        A new member standardises as `scaler` does, which has seen no label.
 
         Returns:
             The member, the rows (B,) that were held out, and its output (B, C) for them: nothing but the stopping
@@ -296,8 +305,9 @@ class InfluenceNetwork:
         mask = self._held_out(data, number)
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]))
         if earlier is None:
-            weights = None if data.weights is None else data.weights[~mask]
-            scaler = FeatureScaler().fit(data.features[~mask], targets[~mask] if self.weigh_features else None, weights=weights)
+            if self.weigh_features:
+                weights = None if data.weights is None else data.weights[~mask]
+                scaler = scaler.weighed_by(data.features[~mask], targets[~mask], weights=weights)
             start = Perceptron.new(scaler, [data.features.shape[1], *self.widths, targets.shape[1]], generator)
         else:
             start = earlier.without_output(np.asarray((targets == 0).all(axis=0)))
