@@ -47,7 +47,7 @@ def main() -> None:
     sample = pool.select([row for row, text_id in enumerate(list_text_ids(pool)) if text_id in chosen])
     planted = oracle.plant(sample, target_sets, num_per_kind=options.planted, seed=options.seed)
     labels = {
-        spec: _label(spec, lm, sample, planted, target_sets, workdir=folder / "labels", seed=options.seed)
+        spec: _label(spec, lm, planted, target_sets, sample=sample, workdir=folder / "labels", seed=options.seed)
         for spec in options.methods
     }
     labels |= {name: _control(name, lm, planted, target_sets, seed=options.seed) for name in options.controls}
@@ -108,7 +108,7 @@ def _options() -> Any:
 
 
 def _label(
-    spec: str, lm: LanguageModel, sample: Any, planted: Planted, target_sets: list[Any], *, workdir: Any, seed: int
+    spec: str, lm: LanguageModel, planted: Planted, target_sets: list[Any], *, sample: Any, workdir: Any, seed: int
 ) -> Labels:
     """Label with a method given as `name` or `name:option=value,option=value`; ekfac fits its factors on the sample."""
     name, _, given = spec.partition(":")
