@@ -31,6 +31,7 @@ from surrogate.option_strings import parse_options
 REFERENCE = "one_step"
 DEFAULT_METHODS = ("grad_dot", "grad_dot:preconditioner=none", "one_step", "two_forward")
 CONTROLS = ("random", "tokens")
+OTHER_TEXTS = {"ekfac": "fit_texts", "rollout": "companions"}  # options that name texts beside those that are labelled
 
 
 def main() -> None:
@@ -110,12 +111,12 @@ def _options() -> Any:
 def _label(
     spec: str, lm: LanguageModel, planted: Planted, target_sets: list[Any], *, sample: Any, workdir: Any, seed: int
 ) -> Labels:
-    """Label with a method given as `name` or `name:option=value,option=value`; ekfac fits its factors on the sample."""
+    """Label with a method given as `name` or `name:option=value,...`; ekfac and rollout get the sample as other texts."""
     name, _, given = spec.partition(":")
     needs = needs_of(plugins.load(METHODS, name))
     method_options = parse_options(given.split(",") if given else [])
-    if name == "ekfac" and "factors" not in method_options:
-        method_options.setdefault("fit_texts", sample)
+    if name in OTHER_TEXTS and "factors" not in method_options:
+        method_options.setdefault(OTHER_TEXTS[name], sample)
     return label(
         lm,
         planted.texts,

@@ -61,7 +61,7 @@ def load(package: str, name: str) -> type:
 
 
 def create(package: str, name: str, options: dict[str, Any]) -> Any:
-    """Make the plug-in `name` with `options`.
+    """Make the plug-in `name` with `options`; an integer in the place of a string, such as `word_ngrams=1`, is its digits.
 
     Raises:
         InputError: No such plug-in, or it has no such option; the message lists what there is.
@@ -69,15 +69,18 @@ def create(package: str, name: str, options: dict[str, Any]) -> Any:
     """
     check_options(package, name, options, beside=LABEL_ARGUMENTS if package == "oracle.methods" else ())
     plugin = load(package, name)
+    given = dict(options)
     for field in dataclasses.fields(plugin):
-        value = options.get(field.name, field.default)
+        value = given.get(field.name, field.default)
+        if isinstance(field.default, str) and isinstance(value, int) and not isinstance(value, bool):
+            given[field.name] = str(value)
         if isinstance(field.default, bool) and not isinstance(value, bool):
             raise InputTypeError(
                 f"{field.name}={value!r} of {name!r} is neither on nor off.",
                 "True or False",
                 f"write {field.name}=True or {field.name}=False, without quotes.",
             )
-    return plugin(**options)
+    return plugin(**given)
 
 
 def check_options(

@@ -1,9 +1,11 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options that several commands share, and how each ends."""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,3 +37,8 @@ MethodsOption = Annotated[
 MaxTokens = Annotated[int | None, typer.Option(help="Longer texts are cut; 512 or the model's context by default.")]
 Precision = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random in this stage.")]
+
+
+def finish(result: dict[str, Any]) -> None:
+    """Print the JSON object that ends every command."""
+    sys.stdout.write(json.dumps(result, ensure_ascii=False, allow_nan=False, default=str) + "\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,11 @@ def names() -> list[str]:
     """List the bundled corpora, sorted."""
     folders = (folder for folder in resources.files(PACKAGE).iterdir() if folder.is_dir())
     return sorted(folder.name for folder in folders if folder.joinpath("recipe.py").is_file())
+
+
+def pool_source(given: Sequence[str]) -> Any:
+    """Return the pool of a bundled corpus where its name alone was given, else what was given: files, globs or URLs."""
+    return load(given[0]).pool if len(given) == 1 and given[0] in names() else list(given)
 
 
 def load(name: str, **options: Any) -> Corpus:

@@ -36,6 +36,7 @@ from oracle.errors import InputError
 from oracle.texts import list_text_ids, read_texts
 from surrogate.feature_cache import Encoder, FeatureCache, encode_all
 from surrogate.features.static_embedding import PACKAGED_TABLE, StaticEmbedding, Table
+from surrogate.option_strings import parse_plugin
 from surrogate.predictor import strings_of
 from surrogate.splits import grouped_holdout, near_duplicate_groups
 
@@ -125,6 +126,36 @@ def distil(
     }
     Table(final.astype(np.float32), splitter.loaded.tokenizer, meta).save(Path(folder))
     return StaticEmbedding(table=str(folder), max_tokens=max_tokens)
+
+
+def distil_stage(
+    output: Path,
+    pool: Sequence[str] | None,
+    *,
+    text_column: str,
+    limit: int | None,
+    teacher: str,
+    start: str,
+    max_tokens: int,
+    cache: Path | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Distil from the command line and return what the table says of itself."""
+    from surrogate import corpora
+
+    if not pool:
+        raise InputError("no --pool.", "files of texts, or a bundled corpus", "give some thousand texts of what will be scored.")
+    name, options = parse_plugin(teacher)
+    encoder = distil(
+        read_texts(corpora.pool_source(pool), text_column=text_column, limit=limit),
+        output,
+        teacher=plugins.create(ENCODERS, name, options),
+        start=start,
+        max_tokens=max_tokens,
+        cache=cache,
+        seed=seed,
+    )
+    return {"encoder": f"static_embedding:table={output}", **encoder.loaded.meta}
 
 
 def _token_shares(splitter: StaticEmbedding, dataset: Any) -> csr_matrix:

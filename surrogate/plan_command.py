@@ -73,11 +73,7 @@ def _runnable(model: str | None, options: dict[str, Any]) -> Any:
 
 
 def _read_pool(pool: Sequence[str] | None, text_column: str) -> Any:
-    if not pool:
-        return None
-    if len(pool) == 1 and pool[0] in corpora.names():
-        return corpora.load(pool[0]).pool
-    return read_texts(list(pool), text_column=text_column)
+    return read_texts(corpora.pool_source(pool), text_column=text_column) if pool else None
 
 
 def _size_or_name(proxy: str) -> float | str:

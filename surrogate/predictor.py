@@ -8,7 +8,8 @@ checkpoints along and start from the predictor before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ from surrogate.fitted_rows import FittedRows, column_groups
 from surrogate.labelled_rows import LabelledRows, check_labels
 from surrogate.models import Surrogate
 from surrogate.predictor_folder import SURROGATES, read_predictor, write_predictor
-from surrogate.scores import Scores
+from surrogate.scores import Scores, first_of_each
 from surrogate.splits import near_duplicate_groups
 
 if TYPE_CHECKING:
@@ -177,17 +178,30 @@ class InfluencePredictor:
     def predict(self, texts: Any) -> Scores:
         """Predict the influence of texts.
 
+        Args:
+            texts: Anything `read_texts` takes; or an iterator of strings or dicts, such as a generator or a streamed
+                dataset, of which only the scores are kept. Repeated texts are scored once.
+
         Returns:
             Scores: an (N, C) float32 array in label units that knows its text_ids and target names.
 
         Raises:
-            InputError: The predictor has not been fitted.
+            InputError: The predictor has not been fitted, or no text is left.
         """
         self._require_fitted()
+        if _is_stream(texts):
+            return first_of_each(self.predict_stream(texts), self.target_names_)
         dataset = read_texts(texts)
         blocks = [range(start, min(start + ROWS_PER_BLOCK, len(dataset))) for start in range(0, len(dataset), ROWS_PER_BLOCK)]
         values = np.concatenate([self.surrogate_.predict(self.features(dataset.select(block))) for block in blocks])
         return Scores(values, text_ids=list_text_ids(dataset), target_names=self.target_names_)
+
+    def predict_stream(self, texts: Iterable[str | Mapping[str, Any]], **options: Any) -> Iterator[Scores]:
+        """Yield Scores (B, C) of a stream of texts, block by block; see `surrogate.scoring.stream_scores`."""
+        from surrogate.scoring.batch import stream_scores
+
+        self._require_fitted()
+        return stream_scores(self, texts, **options)
 
     def explain(self, texts: Any, top_k: int = 5, *, method: str = CONTRIBUTIONS) -> list[TextExplanation]:
         """Say for each text and target which labelled texts raised and lowered its score, and which features mattered.
@@ -322,3 +336,8 @@ def _describe_surrogate(surrogate: str | Surrogate) -> tuple[str, dict[str, Any]
             "pass for example surrogate='trees'.",
         )
     return surrogate.plugin_name, plugins.options_of(surrogate)
+
+
+def _is_stream(texts: Any) -> bool:
+    """Whether texts come one after the other and cannot be counted beforehand: a generator, a streamed dataset."""
+    return isinstance(texts, Iterable) and not isinstance(texts, (str, PathLike)) and not hasattr(texts, "__len__")

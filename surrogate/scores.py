@@ -7,7 +7,7 @@ that they do not describe.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +169,21 @@ def check_num_tokens(num_tokens: Sequence[int] | np.ndarray, *, num_texts: int) 
             "count the tokens of each text.",
         )
     return counts.astype(np.int64)
+
+
+def first_of_each(blocks: Iterable[Scores], target_names: Sequence[str]) -> Scores:
+    """Join blocks of scores; of a text that comes repeatedly the first row is kept.
+
+    Raises:
+        InputError: There is no text in them.
+    """
+    rows: dict[str, np.ndarray] = {}
+    for block in blocks:
+        for text_id, row in zip(block.text_ids, np.asarray(block), strict=True):
+            rows.setdefault(text_id, row)
+    if not rows:
+        raise InputError("no text is left of the stream.", "an iterator with texts", "check that it was not used up before.")
+    return Scores(np.stack(list(rows.values())), text_ids=list(rows), target_names=target_names)
 
 
 def _rebuild(values: np.ndarray, text_ids: list[str], target_names: list[str], num_tokens: np.ndarray | None) -> Scores:

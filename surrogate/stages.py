@@ -90,11 +90,8 @@ def give_pool(run: Run, pool: Sequence[str] | None, text_column: str) -> dict[st
     """Set the run's pool if one was named: files, or the name of a bundled corpus."""
     if not pool:
         return {"pool": len(run.pool())}
-    source: Any = list(pool)
-    if len(pool) == 1 and pool[0] in corpora.names():
-        source = corpora.load(pool[0]).pool
     reading = {} if text_column == "text" else {"text_column": text_column}
-    summary = run.set_pool(source, **reading)
+    summary = run.set_pool(corpora.pool_source(pool), **reading)
     return {"pool": summary["num_texts"], "rejected": summary["rejected"]}
 
 

@@ -37,6 +37,12 @@ def test_what_is_on_or_off_takes_nothing_but_true_and_false(value):
     assert plugins.create("oracle.methods", "grad_dot", {"statistics": False}).statistics is False
 
 
+def test_an_integer_in_the_place_of_a_string_is_its_digits():
+    """As the command line reads `hashed_ngrams:word_ngrams=1`."""
+    made = plugins.create("surrogate.features", "hashed_ngrams", {"word_ngrams": 1})
+    assert made == plugins.create("surrogate.features", "hashed_ngrams", {"word_ngrams": "1"})
+
+
 def test_a_mistyped_argument_of_label_is_named():
     with pytest.raises(InputError, match="did you mean 'max_target_texts'") as caught:
         plugins.create("oracle.methods", "grad_dot", {"max_target_text": 3})

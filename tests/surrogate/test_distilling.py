@@ -1,15 +1,20 @@
 """A distilled table is the ridge regression that it says, comes close to its teacher, and travels with a predictor."""
 
+import json
+
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import surrogate
 from oracle.errors import InputError, MissingFileError
 from oracle.labels import Labels
 from oracle.texts import list_text_ids, read_texts
+from surrogate.cli import app
 from surrogate.distilling import _ridge, _token_shares, distil
 from surrogate.features.hashed_ngrams import HashedNgrams
 from surrogate.features.static_embedding import StaticEmbedding, Table
+from surrogate.option_strings import parse_plugin
 
 WORDS = ["sum", "integral", "proof", "theorem", "lemma", "salt", "butter", "onion", "oven"]
 WORDS += ["recipe", "pan", "river", "stone", "cloud", "rain", "model", "loss", "token"]
@@ -99,6 +104,20 @@ def test_a_predictor_takes_its_table_along(texts, distilled, tmp_path):
     (encoder,) = loaded.encoders
     assert encoder.key() == distilled.key() and str(tmp_path) in encoder.table
     assert encoder.key() != StaticEmbedding(table=distilled.table, max_tokens=9).key()
+
+
+def test_the_command_line_distils_and_says_how_to_use_it(texts, start, tmp_path):
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts["text"]))
+    given = ["distil", str(tmp_path / "table"), "--pool", str(pool), "--text-column", "body", "--start", start]
+    done = CliRunner().invoke(app, [*given, "--teacher", "hashed_ngrams:dim=16,word_ngrams=1", "--max-tokens", "256"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout.splitlines()[-1])
+    name, options = parse_plugin(told["encoder"])
+    assert name == "static_embedding" and told["num_texts"] == 150 and told["teacher"] == TEACHER.key()
+    assert StaticEmbedding(**options).encode(texts.select(range(3))).shape == (3, 16)
+    refused = CliRunner().invoke(app, ["distil", str(tmp_path / "other")])
+    assert "no --pool" in str(refused.exception)
 
 
 def test_what_makes_no_table_is_refused(texts, start, tmp_path):

@@ -12,7 +12,7 @@ import torch
 
 import oracle
 from oracle.methods import Measured, self_rating
-from surrogate import cli, corpora
+from surrogate import cli, cli_options, corpora
 from surrogate.oracle_stages import LABEL_OPTIONS
 from surrogate.training.small_models import build_model, train_tokenizer
 
@@ -185,4 +185,4 @@ def test_methods_prints_text_for_people_and_json_last(capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", ["max_target_texts", "per", "halves", "block_size"])
 def test_the_help_of_label_names_what_option_takes(name):
-    assert name in LABEL_OPTIONS and f"{name}=" in cli.LABEL_HELP
+    assert name in LABEL_OPTIONS and f"{name}=" in cli_options.LABEL_HELP
