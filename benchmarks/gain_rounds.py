@@ -82,11 +82,10 @@ def main() -> None:
     parser.add_argument("--round-tokens", type=int, default=98_304)
     parser.add_argument("--evaluate-every", type=int, default=24, help="optimiser steps between evaluations")
     parser.add_argument("--static-labels", type=int, default=400)
-    parser.add_argument("--refresh-labels", type=int, default=150)
+    parser.add_argument("--refresh-labels", type=int, default=200)
     parser.add_argument("--refresh-every", type=int, default=2, help="rounds from one refresh to the next")
-    parser.add_argument("--keep-labels", type=float, default=0.5, help="weight of labels one refresh old")
-    parser.add_argument("--min-agreement", type=float, default=0.5, help="agreement on the probe below which they are dropped")
-    parser.add_argument("--carry", type=float, default=1.0, help="weight of the scores before, to which new ones are added")
+    parser.add_argument("--keep-labels", type=float, default=1.0, help="weight of labels one refresh old")
+    parser.add_argument("--min-agreement", type=float, default=-1.0, help="agreement on the probe below which they are dropped")
     parser.add_argument("--drift-threshold", type=float, default=0.8)
     parser.add_argument("--target-texts", type=int, default=48, help="target texts per set to label with")
     parser.add_argument("--judge-texts", type=int, default=48, help="target texts per set to measure the loss on")
@@ -201,7 +200,6 @@ def _strategy(
         "refresh_every": options.refresh_every,
         "keep_labels": options.keep_labels,
         "min_agreement": options.min_agreement,
-        "carry": options.carry,
     }
     return "refresh", refresh if name == "refresh" else {
         **refresh,
@@ -361,7 +359,7 @@ def _halves(targets: dict[str, Any], options: Any, *, seed: int) -> tuple[dict[s
 
 
 def _table(results: list[dict[str, Any]], aims: list[str], strategies: list[str]) -> list[list[str]]:
-    columns = ("before", "after", "at_equal_cost", "share_of_oracle", "cost_to_random")
+    columns: tuple[str, ...] = ("before", "after", "at_equal_cost", "share_of_oracle", "cost_to_random")
     columns += ("flops_share", "seconds_share", "spearman", "refreshes")
     rows = []
     for aim in aims:

@@ -23,6 +23,10 @@ class InputError(ValueError):
         self.given, self.accepted, self.remedy = given, accepted, remedy
         super().__init__(f"{given}\n  accepted: {accepted}\n  to do: {remedy}")
 
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, str, str]]:
+        """Let process pools and Ray carry the error: an exception is rebuilt from its one text otherwise, which fails."""
+        return type(self), (self.given, self.accepted, self.remedy)
+
 
 class InputTypeError(InputError, TypeError):
     """An argument has the wrong type."""

@@ -34,7 +34,7 @@ def score(
 
         finish(score_stage(_needed(run, predictor, output, instead="--source FILES with --predictor and --output"), surrogate))
         return
-    from surrogate.scoring.command import score_corpus_stage
+    from surrogate.scoring.commands import score_corpus_stage
 
     reading: dict[str, Any] = {"text_column": text_column, "format": format, "columns": column or []}
     placing: dict[str, Any] = {"engine": engine, "options": option or [], "rank": rank, "world_size": world_size}
@@ -75,7 +75,7 @@ def select(
 
         finish(select_stage(_needed(run, output, min_score, instead="--corpus FOLDER"), budget, surrogate=surrogate, **choice))
         return
-    from surrogate.scoring.select_command import select_corpus_stage
+    from surrogate.scoring.commands import select_corpus_stage
 
     more: dict[str, Any] = {
         "predictor": predictor,
@@ -103,7 +103,7 @@ def cascade(
     option: Annotated[list[str] | None, typer.Option("--option", help="Of the engine, such as workers=8 (repeatable).")] = None,
 ) -> None:
     """Score a corpus in two passes: a cheap predictor on all texts, the full one on the best share."""
-    from surrogate.scoring.cascade_command import cascade_stage
+    from surrogate.scoring.commands import cascade_stage
 
     spending: dict[str, Any] = {"share": share, "top": top, "min_recall": min_recall}
     result = cascade_stage(

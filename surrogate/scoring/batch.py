@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,11 +22,7 @@ from surrogate.scoring.blocks import Block
 from surrogate.scoring.items import BLOCK_ROWS
 from surrogate.scoring.layout import Layout, RawRows, RowReader, ScoreOptions, walk
 from surrogate.scoring.score_files import TEXT_ID, value_columns
-from surrogate.scoring.scorer import Scorer, load_scorer, one_thread, read_identity
-from surrogate.scoring.shard import PredictorLike, load
-
-if TYPE_CHECKING:
-    pass
+from surrogate.scoring.scorer import PredictorLike, Scorer, load_scorer, one_thread, read_identity
 
 ERROR_COLUMN = "score_error"
 
@@ -114,7 +110,7 @@ def stream_scores(
         Scores (B, C) of each block, in the order of the stream. Repeated texts are scored as often as they come; texts
         that cannot be scored are left out, and a warning at the end counts them.
     """
-    scorer = load(predictor)
+    scorer = load_scorer(predictor)
     options = ScoreOptions(text_column, format)
     rejected: Counter[str] = Counter()
     iterator = iter(texts)

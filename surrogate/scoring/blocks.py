@@ -7,6 +7,7 @@ so that no tokenizer is held up by it.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,7 @@ class Block:
         passed: n values of each passed-through column.
         bad_rows: The rows without a text, in order.
         num_cut: Rows whose text is longer than the bound.
-        notes: What was left out of passed-through columns.
+        notes: How many values of passed-through columns were left empty, by reason.
     """
 
     next_row: int
@@ -57,7 +58,7 @@ class Block:
     passed: dict[str, pa.Array] = field(default_factory=dict)
     bad_rows: list[BadRow] = field(default_factory=list)
     num_cut: int = 0
-    notes: list[str] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
 
     def only(self, wanted: np.ndarray) -> Block:
         """Return the block with the rows at some positions (rising), and without its bad rows."""

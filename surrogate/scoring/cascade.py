@@ -28,6 +28,7 @@ from surrogate.budget import Budget
 from surrogate.rules.top import Top
 from surrogate.scoring.cascade_recall import COMBINED, TargetRecall, measure_recall
 from surrogate.scoring.corpus import score_corpus
+from surrogate.scoring.outputs import local_folder
 from surrogate.scoring.scored_corpus import ScoredCorpus
 from surrogate.scoring.scorer import read_identity
 from surrogate.scoring.selecting import select_corpus
@@ -86,7 +87,7 @@ def score_cascade(
             "0 < top <= share <= 1: no more can be selected than is let through",
             "raise share, or lower top.",
         )
-    output = Path(output)
+    output = local_folder(output)
     _check_apart(source, output)
     folders = {name: _saved(given, output / f"{name}_predictor") for name, given in (("first", first), ("full", full))}
     rows = measure_recall(_loaded(first), _loaded(full), labels, shares=[share], top=top, how=how, weights=weights)

@@ -16,26 +16,25 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from oracle import plugins
-from oracle.errors import InputError, MismatchError, check_choice, check_count, closest
+from oracle.errors import InputError, check_choice, check_count, closest
 from oracle.text_formats import FORMATS
-from surrogate.scoring.files import CorpusSource, InputFile, Listing, list_inputs
+from surrogate.scoring.files import CorpusSource, Listing, list_inputs
 from surrogate.scoring.layout import ScoreOptions
 from surrogate.scoring.lock import locked
 from surrogate.scoring.manifest import changed_files, write_manifest
-from surrogate.scoring.outputs import ShardReport, corpus_identity, finished_report, open_output, output_name
+from surrogate.scoring.outputs import ShardReport, corpus_identity, finished_report, local_folder, open_output, output_name
 from surrogate.scoring.planning import plan_shards
 from surrogate.scoring.positions import positions_fingerprint
 from surrogate.scoring.progress import scoring_progress
 from surrogate.scoring.score_files import is_own
 from surrogate.scoring.scored_corpus import ScoredCorpus
-from surrogate.scoring.scorer import Scorer, read_identity
+from surrogate.scoring.scorer import PredictorLike, Scorer, read_identity
 from surrogate.scoring.segments import PARTIAL_FOLDER
-from surrogate.scoring.shard import CHECKPOINT_SECONDS, PredictorLike, ScoreTask, Shard, identity_of
+from surrogate.scoring.shard import CHECKPOINT_SECONDS, ScoreTask, Shard
 
 if TYPE_CHECKING:
     from surrogate.predictor import InfluencePredictor
@@ -48,22 +47,6 @@ PASSED_ON = ("shards", "task", "on_rows")  # what an engine gets of `score_corpu
 
 class ChangedInputWarning(UserWarning):
     """Files changed since they were scored, and are scored anew."""
-
-
-@dataclass(frozen=True)
-class Placing:
-    """Where this machine stands in an array of machines that score one corpus together."""
-
-    rank: int = 0
-    world_size: int = 1
-
-    def __post_init__(self) -> None:
-        check_count("world_size", self.world_size)
-        check_count("rank", self.rank, minimum=0)
-        if self.rank >= self.world_size:
-            raise InputError(
-                f"rank={self.rank} with world_size={self.world_size}.", "a rank from 0 to world_size - 1", "count ranks from 0."
-            )
 
 
 def score_corpus(
@@ -118,25 +101,28 @@ def score_corpus(
         >>> scored = surrogate.score_corpus("runs/demo/predictors/trees", "pool/*.parquet", "scored")  # doctest: +SKIP
         >>> scored.manifest["num_scored"], scored.manifest["num_bad"]                                  # doctest: +SKIP
     """
-    placing = Placing(rank, world_size)
+    check_count("world_size", world_size)
+    check_count("rank", rank, minimum=0)
+    if rank >= world_size:
+        raise InputError(f"rank={rank} with world_size={world_size}.", "a rank from 0 to world_size - 1", "count ranks from 0.")
     options = _options(text_column=text_column, format=format, columns=tuple(columns), max_chars=max_chars, only=only)
     run_engine = _engine(engine, engine_options)
-    folder = Path(output)
+    folder = local_folder(output)
     listing = _without_own(list_inputs(source, split=split), folder)
     run = {"engine": engine, "options": engine_options, "rank": rank, "world_size": world_size, "num_rows": 0}
     with locked(folder, rank=rank, world_size=world_size):
         _remove_leftovers(folder)
-        task = ScoreTask(
-            _usable(predictor, folder, workers=engine_options.get("workers")), str(folder), options, checkpoint_seconds
-        )
-        open_output(folder, corpus_identity(identity_of(task.predictor), options))
+        known = str(predictor) if isinstance(predictor, (str, Path)) else Scorer(predictor)
+        open_output(folder, corpus_identity(read_identity(known), options))
+        usable = known if isinstance(known, str) else _saved(known, folder, workers=engine_options.get("workers"))
+        task = ScoreTask(usable, str(folder), options, checkpoint_seconds)
         changed = changed_files(folder, listing.files)
         if changed:
             message = f"{len(changed)} files changed and are scored anew, first {changed[0]}"
             warnings.warn(message, ChangedInputWarning, stacklevel=2)
         start_seconds = time.perf_counter()
         try:
-            shards = _open_shards(listing.files, folder, placing)
+            shards = _unfinished(plan_shards(listing.files, folder, world_size=world_size)[rank::world_size], folder)
             sizes = _shard_bytes(shards)
             with scoring_progress(sum(sizes.values()), len(shards)) as progress:
                 for report in run_engine(shards, task, on_rows=progress.add_rows, **engine_options):
@@ -145,7 +131,7 @@ def score_corpus(
         finally:
             run["seconds"] = round(time.perf_counter() - start_seconds, 3)
             manifest = write_manifest(folder, listing, run)
-        if manifest["complete"]:
+        if manifest["complete"] and world_size == 1:  # another machine of an array may be writing its manifest
             shutil.rmtree(folder / PARTIAL_FOLDER, ignore_errors=True)
     return ScoredCorpus(folder)
 
@@ -190,41 +176,36 @@ def _without_own(listing: Listing, output: Path) -> Listing:
     """Leave out what earlier runs wrote, where the output folder is below the source."""
     own = tuple(f"{output.resolve() / name}{os.sep}" for name in OWN_FOLDERS)
     kept = [file for file in listing.files if "://" in file.url or not os.path.realpath(file.url).startswith(own)]
-    names: dict[str, str] = {}
+    urls: dict[str, str] = {}
     for file in kept:
-        other = names.setdefault(output_name(file.name), file.name)
-        if other != file.name:
+        other = urls.setdefault(output_name(file.name), file.url)
+        if other != file.url:
             raise InputError(
-                f"the scores of {file.name} and {other} would have the same name.",
-                "files whose names differ in more than the ending .parquet",
-                "rename one of them.",
+                f"the scores of {file.url} and {other} would have the same name.",
+                "files whose paths differ in more than the protocol and the ending .parquet",
+                "rename one of them, or score them into two folders.",
+            )
+    for name, url in urls.items():
+        above = next((parent.as_posix() for parent in PurePosixPath(name).parents if parent.as_posix() in urls), None)
+        if above is not None:
+            raise InputError(
+                f"the scores of {url} would be in a folder with the name of those of {urls[above]}.",
+                "no file named as the folder of another",
+                "rename one of them, or score them into two folders.",
             )
     return Listing(kept, listing.failed, listing.num_ignored + len(listing.files) - len(kept))
 
 
-def _usable(predictor: InfluencePredictor | str | Path, output: Path, *, workers: int | None) -> PredictorLike:
-    """Return what workers take: a folder, or, where there are none, the predictor itself."""
-    if isinstance(predictor, (str, Path)):
-        return str(predictor)
-    scorer = Scorer(predictor)
+def _saved(scorer: Scorer, output: Path, *, workers: int | None) -> PredictorLike:
+    """Save a predictor object beside its scores; return what workers take: its folder, or itself where there are none."""
     folder = output / PREDICTOR_FOLDER
-    if not folder.exists():
-        predictor.save(folder)
-    elif read_identity(folder) != scorer.identity:
-        raise MismatchError(
-            f"{output} holds scores of another predictor.",
-            "the predictor that is saved there",
-            "name another output folder for this one.",
-        )
+    if not folder.exists() or read_identity(folder) != scorer.identity:
+        scorer.predictor.save(folder)
     return scorer if workers == 0 else str(folder)
 
 
-def _open_shards(files: Sequence[InputFile], output: Path, placing: Placing) -> list[Shard]:
-    """Return the shards of this machine whose files are not finished.
-
-    All files are planned, so that machines that begin later divide them in the same way.
-    """
-    shards = plan_shards(files, output, world_size=placing.world_size)[placing.rank :: placing.world_size]
+def _unfinished(shards: Sequence[Shard], output: Path) -> list[Shard]:
+    """Leave out the shards of finished files; only now, so that machines that begin later divide the files alike."""
     is_open = {}
     for file in {shard.file.name: shard.file for shard in shards}.values():
         report = finished_report(output, file)

@@ -23,8 +23,7 @@ import pyarrow.parquet as pq
 from oracle.errors import InputError, MismatchError, NotFiniteError
 from oracle.progress import track
 from surrogate.pool import DUPLICATE_TOLERANCE, ROUNDING, LabelsLike, Pool
-from surrogate.scoring.disk_columns import Column, Spill, num_parts_for
-from surrogate.scoring.packed_ids import ID_TYPE, pack, unpack
+from surrogate.scoring.disk_columns import ID_TYPE, Column, Spill, num_parts_for, pack, unpack
 from surrogate.scoring.score_files import POSITION, TEXT_ID, score_column
 
 PLACE = [("id", ID_TYPE), ("file", "<u4"), ("position", "<i8")]
@@ -45,6 +44,10 @@ class ScoreFileLike(Protocol):
     @property
     def num_rows(self) -> int:
         """How many rows it has."""
+
+    @property
+    def stamp(self) -> str:
+        """The state of the input when it was scored."""
 
 
 class CorpusLike(Protocol):

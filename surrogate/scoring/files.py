@@ -28,6 +28,7 @@ ACCEPTED = (
     "(JSON lines also packed: .gz, .zst, .bz2, .xz), or a hub dataset named 'org/name'"
 )
 MAGIC = "*?["
+MAX_NAME_BYTES = 255 - len(".parquet.jsonl")  # of the name of a file, to which endings are added
 SAVED_DATASET_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")  # what Dataset.save_to_disk puts beside its data
 STAMP_KEYS = ("ETag", "etag", "md5Hash", "md5", "blob_id", "LastModified", "last_modified", "mtime", "updated", "created")
 
@@ -99,14 +100,20 @@ def list_inputs(source: CorpusSource, *, split: str = "train") -> Listing:
             "check the path, or convert the files.",
         )
     names = _names(list(found.values()))
-    listing.files = sorted(
-        (
-            InputFile(item.url, name, int(item.info.get("size") or 0), _stamp(item.info))
-            for item, name in zip(found.values(), names, strict=True)
-        ),
-        key=lambda file: file.name,
-    )
+    for item, name in zip(found.values(), names, strict=True):
+        fault = _fault_of_name(name)
+        if fault:
+            listing.failed[item.url] = fault
+        else:
+            listing.files.append(InputFile(item.url, name, int(item.info.get("size") or 0), _stamp(item.info)))
+    listing.files.sort(key=lambda file: file.name)
+    listing.failed = {printable(url): reason for url, reason in listing.failed.items()}
     return listing
+
+
+def printable(text: str) -> str:
+    """Return a text without the stand-ins for bytes that are not UTF-8, which no file of JSON can hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def open_input(url: str) -> Any:
@@ -267,6 +274,17 @@ def _names(found: Sequence[_Found]) -> list[str]:
     paths = [rest if rest else first for first, _, rest in split]
     common = posixpath.commonpath([posixpath.dirname(path) for path in paths]) if _same_kind(paths) else ""
     return [posixpath.relpath(path, common) if common else path.lstrip("/") for path in paths]
+
+
+def _fault_of_name(name: str) -> str:
+    """Say why no score file can have the name of an input: keys of object stores may be anything."""
+    try:
+        parts = [len(part.encode()) for part in name.split("/")]
+    except UnicodeEncodeError:
+        return "its name is not valid UTF-8"
+    if not all(part not in ("", ".", "..") for part in name.split("/")):
+        return "its name has an empty part, '.' or '..'"
+    return f"its name is longer than {MAX_NAME_BYTES} bytes" if max(parts) > MAX_NAME_BYTES else ""
 
 
 def _same_kind(paths: Sequence[str]) -> bool:

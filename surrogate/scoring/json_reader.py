@@ -162,11 +162,17 @@ def _parsed(line: bytes, position: int) -> JsonRow | BadRow:
     try:
         values = json.loads(line.decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else f"not valid JSON: {error}"
-        return BadRow(position, reason, _beginning(line))
+        return BadRow(position, _reason(error), _beginning(line))
     if not isinstance(values, dict):
         return BadRow(position, f"a {type(values).__name__} where an object is needed", _beginning(line))
     return JsonRow(position, values, len(line))
+
+
+def _reason(error: ValueError | RecursionError) -> str:
+    """Return why something is not JSON, without the place, for reasons are counted."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON: {error.msg}"
+    return "nested too deeply" if isinstance(error, RecursionError) else "not valid JSON: a number of too many digits"
 
 
 def _beginning(line: bytes) -> str:
@@ -195,6 +201,8 @@ def _list_items(lines: _Lines) -> Iterator[bytes]:
         try:
             _, end = decoder.raw_decode(text, place)
             whole = end < len(text) or at_end  # a number at the end of a block may go on in the next
+        except RecursionError:
+            raise ValueError("the list is nested too deeply") from None
         except ValueError as error:
             if at_end:
                 raise ValueError(f"the list is not valid JSON: {error}") from None

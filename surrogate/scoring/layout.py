@@ -7,6 +7,7 @@ passed-through columns of JSON. Both come out the same wherever in the file a wo
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from oracle.errors import InputError
 from oracle.sources import Column, Material
@@ -74,7 +76,6 @@ class Layout:
         format: text, completion, chat or tokens.
         read_columns: Names of all columns that are read.
         passed_schema: Names and types of the passed-through columns.
-        notes: What cannot be passed through.
     """
 
     def __init__(self, reader: Reader | RowReader, options: ScoreOptions, name: str) -> None:
@@ -99,10 +100,11 @@ class Layout:
         if twice:
             raise InputError(f"{name} has two columns named {twice[0]!r}.", "one column of that name", "rename one.")
         kinds = {path: _find(reader, path) for path in options.columns}
-        self.passed_schema = pa.schema([pa.field(path, kind or pa.string()) for path, kind in kinds.items()])
-        self._absent = [path for path, kind in kinds.items() if kind is None]
-        self.notes = [f"there is no column {path!r} to pass through" for path in self._absent]
-        self.read_columns = list(dict.fromkeys([*paths.values(), *(path for path in kinds if path not in self._absent)]))
+        self._left_out = {path: reason for path, kind in kinds.items() if (reason := _why_left_out(path, kind))}
+        self.passed_schema = pa.schema(
+            [pa.field(path, pa.string() if path in self._left_out else kind) for path, kind in kinds.items()]
+        )
+        self.read_columns = list(dict.fromkeys([*paths.values(), *(path for path in kinds if path not in self._left_out)]))
 
     def block(self, rows: RawRows) -> Block:
         """Identify the texts of rows and take what is passed through of them."""
@@ -133,12 +135,13 @@ class Layout:
             notes,
         )
 
-    def _pass_through(self, rows: RawRows, good: list[int]) -> tuple[dict[str, pa.Array], list[str]]:
+    def _pass_through(self, rows: RawRows, good: list[int]) -> tuple[dict[str, pa.Array], Counter[str]]:
         passed: dict[str, pa.Array] = {}
-        notes = []
+        notes: Counter[str] = Counter()
         for name, kind in zip(self.passed_schema.names, self.passed_schema.types, strict=True):
-            if name in self._absent:
+            if name in self._left_out:
                 passed[name] = pa.nulls(len(good), kind)
+                notes[self._left_out[name]] += len(good)
                 continue
             column = _column(rows.columns, name)
             if not isinstance(column, list):
@@ -147,8 +150,7 @@ class Layout:
                 continue
             passed[name], num_left_out = json_array([column[row] for row in good], kind)
             if num_left_out:
-                where = f"rows {rows.positions[0]} to {rows.positions[-1]}"
-                notes.append(f"{where}: {num_left_out} values of column {name!r} are no {kind} and were left empty")
+                notes[f"values of column {name!r} that are no {kind}"] += num_left_out
         return passed, notes
 
 
@@ -176,6 +178,17 @@ def _find(reader: Reader | RowReader, path: str) -> pa.DataType | None:
             return None
         kind = kind.field(name).type
     return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _why_left_out(path: str, kind: pa.DataType | None) -> str:
+    """Say why a column cannot be passed through, if it cannot."""
+    if kind is None:
+        return f"there is no column {path!r}"
+    try:
+        pq.ParquetWriter(pa.BufferOutputStream(), pa.schema([(path, kind)])).close()
+    except pa.ArrowNotImplementedError:
+        return f"column {path!r} is of a type that parquet does not have, {kind}"
+    return ""
 
 
 def _first_values(reader: Reader | RowReader, names: Sequence[str]) -> dict[str, Column]:

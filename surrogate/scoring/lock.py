@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +55,20 @@ def locked(output: Path, *, rank: int = 0, world_size: int = 1) -> Iterator[None
         with storing(path):
             os.ftruncate(number, 0)
             os.pwrite(number, json.dumps(_holder()).encode(), 0)
-        with _touching(path):
-            yield
-        os.ftruncate(number, 0)  # the lease is given up
+        try:
+            with _touching(path):
+                yield
+        finally:
+            os.ftruncate(number, 0)  # the lease is given up
     finally:
         os.close(number)  # this gives `flock` up too
 
 
-def _take(number: int, path: Path) -> None:
+def _take(number: int, path: Path, *, kind: int = fcntl.LOCK_EX) -> None:
     """Take the lock of an open file, or raise `LockedError`."""
     has_flock = True
     try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(number, kind | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             raise _locked_error(path, _read(path)) from error
@@ -85,7 +87,7 @@ def _refuse_others(output: Path, world_size: int) -> None:
         if found is not None and int(found[2] or 1) != world_size:
             number = os.open(path, os.O_RDWR)
             try:
-                _take(number, path)
+                _take(number, path, kind=fcntl.LOCK_SH)  # many may look at once
             finally:
                 os.close(number)
 
@@ -137,7 +139,8 @@ def _touching(path: Path) -> Iterator[None]:
 
     def run() -> None:
         while not stopped.wait(TOUCH_SECONDS):
-            path.touch()
+            with suppress(OSError):  # a file server that is away for a while
+                path.touch()
 
     thread = threading.Thread(target=run, name="lock", daemon=True)
     thread.start()

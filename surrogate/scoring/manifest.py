@@ -6,6 +6,7 @@ the process that wrote it before.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from oracle.artifacts import provenance, read_json
-from oracle.errors import InputError, MissingFileError
+from oracle.errors import InputError
 from surrogate.scoring.files import InputFile, Listing
 from surrogate.scoring.outputs import CORPUS_FILE, DONE, MANIFEST_FILE, ShardReport
 from surrogate.scoring.segments import Counts, write_placed
@@ -35,7 +36,7 @@ def read_reports(output: Path) -> list[ShardReport]:
     """Return the reports of all finished files, by name."""
     reports = []
     for path in sorted((output / "reports").rglob("*.json")):
-        with suppress(MissingFileError):  # finished anew at this moment
+        with suppress(InputError):  # finished anew at this moment, or half of one
             reports.append(ShardReport.from_dict(read_json(path)))
     return sorted(reports, key=lambda report: report.input_name)
 
@@ -69,7 +70,7 @@ def _manifest(output: Path, listing: Listing, runs: Sequence[dict[str, Any]]) ->
     missing = [file.name for file in listing.files if file.name not in finished]
     total = Counts()
     for report in current:
-        total.add(report.counts)
+        total.add(dataclasses.replace(report.counts, errors=[], notes={}))
     by_status: dict[str, int] = {}
     for report in current:
         by_status[report.status] = by_status.get(report.status, 0) + 1

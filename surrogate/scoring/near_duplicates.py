@@ -23,7 +23,7 @@ from oracle.errors import InputError, MismatchError
 from oracle.progress import track
 from surrogate.feature_cache import Encoder
 from surrogate.scoring.blocks import Block
-from surrogate.scoring.chosen_texts import CHOSEN
+from surrogate.scoring.chosen import CHOSEN
 from surrogate.scoring.disk_columns import Column
 from surrogate.scoring.files import InputFile, list_inputs
 from surrogate.scoring.layout import ScoreOptions

@@ -2,29 +2,33 @@
 
 corpus.json                predictor, targets, units and options of all score files; a run with others is refused
 manifest.json              all files with their counts, and the totals
+row_counts.json            how many rows large files have, by which they are cut
 scores/<name>.parquet      the scores of an input file; <name> is its path below the source
 quarantine/<name>.jsonl    its rows without a score: position, reason, how the text begins
 reports/<name>.json        its report, written last: its existence means that the file is finished
 segments/<name>/           pieces of files that are not finished
 predictor/                 the predictor, where an object was given
+.partial/, .lock*          what is being written, and who works on the folder
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from oracle.artifacts import read_json, require_same
-from oracle.errors import MissingFileError
+from oracle.errors import InputError, MissingFileError
 from surrogate.scoring.files import InputFile
 from surrogate.scoring.layout import ScoreOptions
 from surrogate.scoring.positions import positions_fingerprint
 from surrogate.scoring.score_files import SCHEMA_VERSION, ScoreHeader
 from surrogate.scoring.scorer import PredictorIdentity
-from surrogate.scoring.segments import Counts, write_placed
+from surrogate.scoring.segments import Counts, size_of, write_placed
 
+URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # one slash is left of two where a URL was made a path
 CORPUS_FILE, MANIFEST_FILE = "corpus.json", "manifest.json"
 DONE, DAMAGED, FAILED = "done", "damaged", "failed"
 
@@ -41,6 +45,8 @@ class ShardReport:
         skipped: Whether it was finished before.
         url: What opens the input file.
         stamp: The state of the file that was scored.
+        score_bytes: Size of the score file, by which one that was cut short is known (a machine that loses its power may
+            keep the name of a file and not what is in it).
     """
 
     name: str
@@ -50,6 +56,7 @@ class ShardReport:
     skipped: bool = False
     url: str = ""
     stamp: str = ""
+    score_bytes: int = 0
 
     @property
     def num_bad(self) -> int:
@@ -126,7 +133,22 @@ def finished_report(output: Path, file: InputFile) -> ShardReport | None:
     """Return the report of a file that is finished in its present state; None if it is not."""
     try:
         report = ShardReport.from_dict(read_json(report_path(output, file.name)))
-    except MissingFileError:
+    except InputError:  # there is none, or half of one
         return None
-    is_there = report.status == FAILED or score_path(output, file.name).exists()
+    is_there = report.status == FAILED or size_of(score_path(output, file.name)) == report.score_bytes
     return report if is_there and report.stamp == file.stamp else None
+
+
+def local_folder(output: str | Path) -> Path:
+    """Return an output folder as a path.
+
+    Raises:
+        InputError: It is a URL: renaming, which makes files complete or absent, and locks need a file system.
+    """
+    if URL.match(str(output)):
+        raise InputError(
+            f"the output folder {str(output)!r} is a URL.",
+            "a folder on a disk that all workers see; sources may be URLs",
+            "write to a folder, or to a mounted bucket, and copy the finished folder: aws s3 sync, rclone, gsutil rsync.",
+        )
+    return Path(output)

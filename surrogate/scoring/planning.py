@@ -2,18 +2,22 @@
 
 How a file is cut changes nothing in its scores, only how many workers can share it and how soon it is done. The cut
 depends on the files alone, so that all workers of an array come to the same plan by themselves.
+
+Parquet says how many rows it has. JSON has to be read for that, by one process before any other begins, and each range
+of it from its beginning, so it is cut only where its files are too few to keep many workers busy.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from oracle.artifacts import read_json
-from oracle.errors import MissingFileError
+from oracle.errors import InputError
 from oracle.sources import JSON_ENDINGS
 from surrogate.scoring.files import InputFile
 from surrogate.scoring.items import BLOCK_ROWS, READ_ERRORS
@@ -26,6 +30,7 @@ ROWS_FILE = "row_counts.json"
 PARTS = 256  # a corpus is cut into at least so many shards, if that leaves them large enough
 MIN_PART_BYTES, MAX_PART_BYTES = 2**22, 2**28
 MIN_PART_ROWS = 2 * BLOCK_ROWS
+SAVE_SECONDS = 10.0  # how often counts are kept while files are counted
 MAX_PACKED_PARTS = 16  # every part of a packed file is unpacked from the beginning
 
 
@@ -38,11 +43,12 @@ def plan_shards(files: Sequence[InputFile], output: Path, *, world_size: int = 1
         world_size: How many machines share the work.
     """
     total_bytes = sum(file.num_bytes for file in files)
-    part_bytes = min(MAX_PART_BYTES, max(MIN_PART_BYTES, total_bytes // (PARTS * world_size)))
+    share_bytes = max(MIN_PART_BYTES, total_bytes // (PARTS * world_size))
     counts = _RowCounts(output)
     shards = []
     for file in files:
-        num_parts = file.num_bytes // part_bytes
+        is_parquet = file.url.lower().endswith(".parquet")
+        num_parts = file.num_bytes // (min(MAX_PART_BYTES, share_bytes) if is_parquet else share_bytes)
         num_rows = counts.of(file) if num_parts > 1 else None
         if num_rows is None:
             shards.append(Shard(file))
@@ -63,8 +69,9 @@ class _RowCounts:
         self.output = output
         try:
             self._known: dict[str, list[str | int]] = read_json(output / ROWS_FILE)
-        except MissingFileError:
+        except InputError:  # there is none, or half of one
             self._known = {}
+        self._saved_seconds = time.monotonic()
         self._is_new = False
 
     def of(self, file: InputFile) -> int | None:
@@ -75,12 +82,15 @@ class _RowCounts:
         count = _count(file)
         self._known[file.name] = [file.stamp, -1 if count is None else count]
         self._is_new = True
+        if time.monotonic() - self._saved_seconds > SAVE_SECONDS:
+            self.save()
         return count
 
     def save(self) -> None:
         """Keep what was counted."""
         if self._is_new:
             write_placed(self.output, self.output / ROWS_FILE, self._known)
+            self._is_new, self._saved_seconds = False, time.monotonic()
 
 
 def _count(file: InputFile) -> int | None:

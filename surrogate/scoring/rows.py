@@ -15,12 +15,11 @@ import pyarrow as pa
 from oracle.errors import InputError
 from oracle.sources import Column
 from surrogate.scoring.blocks import Block
-from surrogate.scoring.files import InputFile
-from surrogate.scoring.items import BLOCK_BYTES, BLOCK_ROWS, BadFile, BadRow, Item, JsonRow, Piece
+from surrogate.scoring.files import InputFile, printable
+from surrogate.scoring.items import BLOCK_BYTES, BLOCK_ROWS, BadFile, BadRow, Item, JsonRow, Piece, row_bytes
 from surrogate.scoring.json_reader import JsonReader
 from surrogate.scoring.layout import Layout, RawRows, ScoreOptions, walk
 from surrogate.scoring.readers import open_reader
-from surrogate.scoring.row_sizes import row_bytes
 
 
 def read_blocks(
@@ -48,7 +47,7 @@ def read_blocks(
         try:
             layout = Layout(reader, options, file.name)
         except InputError as error:
-            yield BadFile(error.given)
+            yield BadFile(printable(error.given))
             return
         yield layout
         items = reader.rows(layout.read_columns, first_row=first_row, num_rows=num_rows)

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from oracle.artifacts import storing
 from oracle.errors import InputError, MissingFileError
-from surrogate.scoring.row_sizes import row_bytes
+from surrogate.scoring.items import row_bytes
 
 SCHEMA_VERSION = 1
 METADATA_KEY = b"influence_surrogate"

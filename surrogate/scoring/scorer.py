@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from surrogate.feature_cache import Encoder
     from surrogate.predictor import InfluencePredictor
+
+PredictorLike: TypeAlias = "str | Path | InfluencePredictor | Scorer"
 
 PREDICTOR_FILE = "predictor.json"
 SURROGATES = "surrogate.models"
@@ -171,24 +173,57 @@ def one_thread() -> Iterator[None]:
             torch.set_num_threads(num_threads)
 
 
-def load_scorer(folder: str | Path) -> Scorer:
-    """Return the scorer of a predictor's folder, loaded once per process.
+class WorkClock:
+    """Adds up seconds by kind of work, and what a scorer counted since the clock was made or last stopped."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+        self._begin()
+
+    def _begin(self) -> None:
+        self.seconds = {"read": 0.0, "write": 0.0}
+        self._began_seconds = time.perf_counter()
+        self._before, self._flops = dict(self.scorer.seconds), self.scorer.flops
+
+    @contextmanager
+    def counting(self, kind: str) -> Iterator[None]:
+        """Count the seconds of a block."""
+        start_seconds = time.perf_counter()
+        yield
+        self.seconds[kind] += time.perf_counter() - start_seconds
+
+    def stop(self) -> tuple[dict[str, float], float]:
+        """Return seconds by kind of work and FLOPs, and begin anew."""
+        before, flops, began_seconds, seconds = self._before, self._flops, self._began_seconds, self.seconds
+        self._begin()
+        spent = {kind: self._before[kind] - before[kind] for kind in before}
+        return {**seconds, **spent, "total": self._began_seconds - began_seconds}, self._flops - flops
+
+
+def load_scorer(predictor: PredictorLike) -> Scorer:
+    """Return the scorer of whatever stands for a predictor; that of a folder is loaded once per process.
 
     Raises:
         MissingFileError: There is no predictor.
         MismatchError: An encoder's weights are not those of the fit.
     """
-    path = Path(folder)
+    if isinstance(predictor, Scorer):
+        return predictor
+    if not isinstance(predictor, (str, Path)):
+        return Scorer(predictor)
+    path = Path(predictor)
     return _load(str(path.resolve()), _changed(path))
 
 
-def read_identity(folder: str | Path) -> PredictorIdentity:
-    """Return the identity of a predictor's folder; its encoders are not loaded.
+def read_identity(predictor: PredictorLike) -> PredictorIdentity:
+    """Return the identity of whatever stands for a predictor; the encoders of a folder are not loaded.
 
     Raises:
         MissingFileError: There is no predictor.
     """
-    path = Path(folder)
+    if not isinstance(predictor, (str, Path)):
+        return load_scorer(predictor).identity
+    path = Path(predictor)
     return _identity(str(path.resolve()), _changed(path))
 
 

@@ -17,6 +17,7 @@ import os
 import shutil
 import socket
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from oracle.artifacts import read_json, storing
+from oracle.errors import InputError
 from surrogate.scoring.items import BadRow
 from surrogate.scoring.score_files import ScoreWriter
 
@@ -44,7 +46,7 @@ class Counts:
         bad_reasons: How many rows have none, by reason.
         num_cut: Rows whose text was longer than the bound, scored by its beginning.
         errors: What could not be read of the file.
-        notes: What was left out of passed-through columns.
+        notes: How many values of passed-through columns were left empty, by reason.
         may_pass: Whether another attempt may read what this one could not.
         seconds: Seconds by kind of work.
         flops: Counted floating-point operations of the encoders.
@@ -55,7 +57,7 @@ class Counts:
     bad_reasons: dict[str, int] = field(default_factory=dict)
     num_cut: int = 0
     errors: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
     may_pass: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     flops: float = 0.0
@@ -67,16 +69,11 @@ class Counts:
         self.num_cut += other.num_cut
         self.may_pass |= other.may_pass
         self.flops += other.flops
-        for reason, count in other.bad_reasons.items():
-            self.bad_reasons[reason] = self.bad_reasons.get(reason, 0) + count
+        self.bad_reasons = dict(Counter(self.bad_reasons) + Counter(other.bad_reasons))
+        self.notes = dict(Counter(self.notes) + Counter(other.notes))
         for kind, seconds in other.seconds.items():
             self.seconds[kind] = self.seconds.get(kind, 0.0) + seconds
         self.errors += [error for error in other.errors if error not in self.errors]
-        self.notes += [note for note in other.notes if note not in self.notes]
-
-    def add_bad(self, reason: str) -> None:
-        """Count a bad row."""
-        self.bad_reasons[reason] = self.bad_reasons.get(reason, 0) + 1
 
 
 @dataclass
@@ -87,6 +84,7 @@ class Segment:
     next_row: int
     at_end: bool
     counts: Counts
+    score_bytes: int = 0  # of its parquet file
 
 
 class SegmentFolder:
@@ -108,12 +106,14 @@ class SegmentFolder:
         for path in sorted(self.folder.glob("*.json")):
             try:
                 stored = read_json(path)
-            except FileNotFoundError:  # another worker has joined them meanwhile
+            except InputError:  # half of one, or another worker has joined them meanwhile
                 continue
-            if stored["stamp"] != self.stamp:
+            if stored.pop("stamp") != self.stamp:
                 self.remove()
                 return []
-            found.append(Segment(stored["first_row"], stored["next_row"], stored["at_end"], Counts(**stored["counts"])))
+            segment = Segment(**{**stored, "counts": Counts(**stored["counts"])})
+            if size_of(self.path(segment, ".parquet")) == segment.score_bytes:
+                found.append(segment)
         chain: list[Segment] = []
         for segment in sorted(found, key=lambda segment: (segment.first_row, -segment.next_row)):
             if not chain or segment.first_row >= chain[-1].next_row:
@@ -187,8 +187,7 @@ class SegmentWriter:
 
     def add_bad(self, rows: Sequence[BadRow]) -> None:
         """Add rows without a score."""
-        for row in rows:
-            self.counts.add_bad(row.reason)
+        self.counts.add(Counts(bad_reasons=Counter(row.reason for row in rows)))
         self.add_lines(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows)
 
     def add_lines(self, lines: Iterable[str]) -> None:
@@ -215,6 +214,7 @@ class SegmentWriter:
         """Make a segment of what was written."""
         segment = Segment(self.first_row, next_row, at_end, self.counts)
         self.finish(folder.path(segment, ".parquet"), folder.path(segment, ".bad.jsonl"))
+        segment.score_bytes = size_of(folder.path(segment, ".parquet"))
         write_placed(folder.output, folder.path(segment, ".json"), {"stamp": folder.stamp, **dataclasses.asdict(segment)})
 
     def abandon(self) -> None:
@@ -240,6 +240,14 @@ def place(partial: Path, path: Path) -> None:
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(partial, path)
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, -1 where there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
 
 
 def write_placed(output: Path, path: Path, value: Any) -> None:

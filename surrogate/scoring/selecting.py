@@ -24,12 +24,12 @@ from oracle.errors import InputError, InputTypeError
 from surrogate.aggregation import Combination
 from surrogate.budget import Budget, limit_of_totals
 from surrogate.pool import LabelsLike
-from surrogate.scoring.chosen_rows import write_chosen_rows
-from surrogate.scoring.chosen_texts import order_chosen, write_list, write_positions
+from surrogate.scoring.chosen import order_chosen, write_chosen_rows, write_list, write_positions
 from surrogate.scoring.corpus_selection import LIST_FILE, META_FILE, TEXTS_FOLDER, CorpusSelection
 from surrogate.scoring.disk_columns import Column
 from surrogate.scoring.disk_order import check_streamed, combine_on_disk, fill_after, find_cut, order_on_disk
 from surrogate.scoring.disk_pool import CorpusLike, DiskPool, find_tokens_column, read_disk_pool
+from surrogate.scoring.outputs import local_folder
 from surrogate.scoring.score_files import read_header
 from surrogate.scoring.scored_corpus import ScoredCorpus
 from surrogate.selection import Rule, check_fidelity, make_rule, rule_name
@@ -107,7 +107,7 @@ def select_corpus(
     if isinstance(scored, ScoredCorpus) and not allow_incomplete:
         _check_complete(scored)
     at_chance = check_fidelity(wanted.rule, list(scored.target_names), fidelity, allow=allow_low_fidelity)
-    output, identity = Path(output), {"corpus": corpus_fingerprint(scored), **wanted.identity()}
+    output, identity = local_folder(output), {"corpus": corpus_fingerprint(scored), **wanted.identity()}
     if _is_finished(output, identity):
         return CorpusSelection(output)
     with atomic_folder(output) as partial:
@@ -218,8 +218,8 @@ def _is_finished(output: Path, identity: dict[str, Any]) -> bool:
 
 
 def corpus_fingerprint(scored: CorpusLike) -> str:
-    """Return what identifies the scores of a corpus: predictor, options, and the files with their numbers of rows."""
-    return fingerprint([[dataclasses.asdict(read_header(file.path)), file.num_rows] for file in scored.files])
+    """Return what identifies the scores of a corpus: predictor, options, and the files in the state that was scored."""
+    return fingerprint([[dataclasses.asdict(read_header(file.path)), file.num_rows, file.stamp] for file in scored.files])
 
 
 def _choose(pool: DiskPool, way: Combination, wanted: _Wanted, scratch: Path) -> Column:

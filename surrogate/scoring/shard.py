@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from surrogate.scoring.blocks import Block
-from surrogate.scoring.clock import WorkClock
 from surrogate.scoring.files import InputFile, stamp_of_path
 from surrogate.scoring.items import BadFile, BadRow
 from surrogate.scoring.layout import Layout, ScoreOptions
@@ -30,6 +29,7 @@ from surrogate.scoring.outputs import (
     ShardReport,
     corpus_identity,
     finished_report,
+    local_folder,
     open_output,
     output_name,
     quarantine_path,
@@ -41,15 +41,10 @@ from surrogate.scoring.positions import read_positions
 from surrogate.scoring.read_ahead import read_ahead
 from surrogate.scoring.rows import read_blocks
 from surrogate.scoring.score_files import score_schema
-from surrogate.scoring.scorer import PredictorIdentity, Scorer, load_scorer, one_thread, read_identity
-from surrogate.scoring.segments import Counts, Segment, SegmentFolder, SegmentWriter, write_placed
-
-if TYPE_CHECKING:
-    from surrogate.predictor import InfluencePredictor
+from surrogate.scoring.scorer import PredictorLike, Scorer, WorkClock, load_scorer, one_thread, read_identity
+from surrogate.scoring.segments import Counts, Segment, SegmentFolder, SegmentWriter, size_of, write_placed
 
 CHECKPOINT_SECONDS = 60.0  # what a killed worker loses at most
-
-PredictorLike: TypeAlias = "str | Path | InfluencePredictor | Scorer"
 
 
 @dataclass(frozen=True)
@@ -95,6 +90,13 @@ class ScoreTask:
             checkpoint_seconds=self.checkpoint_seconds,
         )
 
+    def num_kept(self, shard: Shard) -> int:
+        """Return how many rows of a shard are in segments, for a file that is not finished."""
+        segments = SegmentFolder(Path(self.output), output_name(shard.file.name), shard.file.stamp).finished()
+        end = float("inf") if shard.num_rows is None else shard.first_row + shard.num_rows
+        inside = [segment for segment in segments if segment.first_row >= shard.first_row and segment.next_row <= end]
+        return sum(segment.next_row - segment.first_row for segment in inside)
+
     def fail(self, shard: Shard, reason: str) -> ShardReport:
         """Give up the rows of a shard that are not scored yet, so that the rest of its file can be finished."""
         return _Work(shard, self.predictor, Path(self.output), options=self.options).give_up(reason)
@@ -131,25 +133,13 @@ def score_shard(
         >>> shards = [Shard(file) for file in list_inputs("pool/*.parquet").files]              # doctest: +SKIP
         >>> for shard in shards[rank::world_size]: score_shard(shard, "predictor", "scored")   # doctest: +SKIP
     """
-    predictor = predictor if isinstance(predictor, (str, Path)) else load(predictor)
-    work = _Work(shard, predictor, Path(output), options=options or ScoreOptions())
+    predictor = predictor if isinstance(predictor, (str, Path)) else load_scorer(predictor)
+    work = _Work(shard, predictor, local_folder(output), options=options or ScoreOptions())
     report = finished_report(work.output, shard.file)
     if report is not None and not report.counts.may_pass:
         return dataclasses.replace(report, name=shard.name, skipped=True)
     with one_thread():
-        return work.run(load(predictor), on_rows or (lambda num_rows: None), checkpoint_seconds)
-
-
-def load(predictor: PredictorLike) -> Scorer:
-    """Return the scorer of whatever stands for a predictor."""
-    if isinstance(predictor, Scorer):
-        return predictor
-    return load_scorer(predictor) if isinstance(predictor, (str, Path)) else Scorer(predictor)
-
-
-def identity_of(predictor: PredictorLike) -> PredictorIdentity:
-    """Return the identity of whatever stands for a predictor; a folder's encoders are not loaded."""
-    return read_identity(predictor) if isinstance(predictor, (str, Path)) else load(predictor).identity
+        return work.run(load_scorer(predictor), on_rows or (lambda num_rows: None), checkpoint_seconds)
 
 
 class _Work:
@@ -157,7 +147,7 @@ class _Work:
 
     def __init__(self, shard: Shard, predictor: PredictorLike, output: Path, *, options: ScoreOptions) -> None:
         self.shard, self.file, self.output, self.options = shard, shard.file, output, options
-        identity = corpus_identity(identity_of(predictor), options)
+        identity = corpus_identity(read_identity(predictor), options)
         open_output(output, identity)
         self.header = score_header(identity, self.file)
         self.segments = SegmentFolder(output, output_name(self.file.name), self.file.stamp)
@@ -224,22 +214,20 @@ class _Work:
                 if isinstance(item, Layout):
                     schema = self._schema(item)
                 writer = writer or SegmentWriter(self.output, self._next_row, schema)
-                if isinstance(item, Layout):
-                    writer.counts.notes += item.notes
-                elif isinstance(item, BadFile):
+                if isinstance(item, BadFile):
                     writer.counts.errors.append(item.reason)
                     writer.counts.may_pass |= item.may_pass
-                else:
+                elif isinstance(item, Block):
                     self._write(item, prepared, writer, clock)
                     self._next_row = item.next_row
                     on_rows(item.num_rows)
                     if time.monotonic() - began_seconds >= checkpoint_seconds:
-                        clock.stop(writer.counts)
+                        writer.counts.seconds, writer.counts.flops = clock.stop()
                         self.counts.add(writer.counts)
                         writer.finish_as(self.segments, next_row=self._next_row, at_end=False)
                         writer, began_seconds = None, time.monotonic()
             writer = writer or SegmentWriter(self.output, self._next_row, schema)
-            clock.stop(writer.counts)
+            writer.counts.seconds, writer.counts.flops = clock.stop()
             if num_rows is not None:
                 self._next_row = first_row + num_rows
             return writer
@@ -278,9 +266,7 @@ class _Work:
                 passed = [column.filter(pa.array(good)) for column in passed]
             writer.add_bad(bad_rows)
             writer.add_rows(text_ids, positions, values[text_of_row], passed)
-            writer.counts.num_rows += block.num_rows
-            writer.counts.num_cut += block.num_cut
-            writer.counts.notes += block.notes
+            writer.counts.add(Counts(num_rows=block.num_rows, num_cut=block.num_cut, notes=block.notes))
 
     def _schema(self, layout: Layout | None = None) -> pa.Schema:
         passed = pa.schema([pa.field(name, pa.string()) for name in self.options.columns])
@@ -315,6 +301,7 @@ class _Work:
             bad.unlink(missing_ok=True)
         else:
             writer.finish(scores, bad)
+            report = dataclasses.replace(report, score_bytes=size_of(scores))
         write_placed(self.output, report_path(self.output, self.file.name), report.as_dict())
         if segments and not report.counts.may_pass:
             self.segments.remove()

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
+from oracle import errors
 from oracle.errors import InputError
 from surrogate.scoring.files import InputFile
 from surrogate.scoring.layout import ScoreOptions
@@ -57,6 +58,12 @@ def describe_error(error: BaseException) -> dict[str, Any]:
     if isinstance(error, InputError):
         described["parts"] = [error.given, error.accepted, error.remedy]
     return described
+
+
+def raise_refusal(answer: dict[str, Any]) -> None:
+    """Raise the error that `describe_error` described, if the caller is to blame for it."""
+    if "parts" in answer:
+        raise getattr(errors, answer["error"], InputError)(*answer["parts"])
 
 
 def serve(send: Callable[[dict[str, Any]], None], lines: SimpleQueue[str]) -> None:

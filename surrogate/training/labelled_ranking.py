@@ -1,15 +1,14 @@
 """Rank candidates by a surrogate that was fitted on a labelled sample of them: what `static` and `refresh` share.
 
 At a refresh a sample of the candidates is labelled at today's checkpoint, and with it a small probe set, which is the same
-at every refresh and never trained on. On the probe old labels are compared with new ones: labels of an earlier
-refresh go on being used, with a weight that falls with their age, as long as they still rank the probe alike. The probe
-also says when the present scores have become stale (`agreement_now`).
+at every refresh and never trained on. The surrogate is fitted on the new labels and on those of earlier refreshes
+(`keep_labels`), as long as these still rank the probe alike (`min_agreement`, off by default). The probe also says when the
+present scores have become stale (`agreement_now`).
 
-New scores are added to those before (`carry`) and do not replace them. What is being trained on has little influence left on
-what comes next, and would be forgotten without it, which the first-order effect of one step does not see: a ranking that is
-replaced turns away from what just helped, and back when that is forgotten. In the one trial made so far replacing ended worse
-than random texts, adding up better, and no better than ranking once. Sums of gradients are what mirror
-descent on a mixture adds up too (DoGE, Fan et al. 2023, arXiv 2310.15393).
+Old labels are kept because a ranking by the newest alone turns away from what just helped: what is being trained on has
+little influence left on what comes next, and would be forgotten without it, which the first-order effect of one step does not
+see. Labels of several checkpoints together are close to the sums over checkpoints of LESS (Xia et al. 2024, arXiv 2402.04333)
+and, on a mixture, of mirror descent (DoGE, Fan et al. 2023, arXiv 2310.15393). `benchmarks/gain_rounds.py` compares both.
 """
 
 from __future__ import annotations
@@ -61,10 +60,9 @@ class LabelledRanking:
     surrogate_options: Mapping[str, Any] | None = option(None, "Its options.")
     second_encoder: Sequence[Any] = option((), "Dearer encoders, beside the others, for the best share of the candidates only.")
     second_share: float = option(0.2, "Share of the candidates, best first, that the dearer encoders see.")
-    num_probe: int = option(64, "Texts of the probe set; 0 does without: no old labels are used, no drift is measured.")
-    keep_labels: float = option(0.5, "Weight of labels one refresh old, its square for two, and so on; 0 forgets them.")
-    min_agreement: float = option(0.5, "Old labels whose rank agreement with new ones on the probe is below this are dropped.")
-    carry: float = option(1.0, "Weight of the scores before, to which the new ones are added; 0 replaces them.")
+    num_probe: int = option(64, "Texts of the probe set; 0 does without: no agreement and no drift is measured.")
+    keep_labels: float = option(1.0, "Weight of labels one refresh old, its square for two, and so on; 0 forgets them.")
+    min_agreement: float = option(-1.0, "Old labels whose rank agreement with new ones on the probe is below this are dropped.")
     warm_start: bool = option(False, "Start the surrogate from the one of the refresh before.")
     num_folds: int = option(5, "Folds of the cross-fitting that fidelity is measured by.")
 
@@ -75,13 +73,19 @@ class LabelledRanking:
             if isinstance(encoder, str):
                 plugins.load(ENCODERS, encoder)
         check_choice("sampling", self.sampling, SAMPLINGS)
-        for name, minimum in (("sample_size", 1), ("num_probe", 0), ("keep_labels", 0), ("carry", 0), ("num_folds", 2)):
+        for name, minimum in (("sample_size", 1), ("num_probe", 0), ("keep_labels", 0), ("num_folds", 2)):
             check_at_least(name, getattr(self, name), minimum)
-        if max(self.keep_labels, self.carry) > 1 or not 0 < self.second_share <= 1:
+        if self.keep_labels > 1 or not 0 < self.second_share <= 1:
             raise InputError(
-                f"keep_labels={self.keep_labels!r}, carry={self.carry!r}, second_share={self.second_share!r}.",
+                f"keep_labels={self.keep_labels!r}, second_share={self.second_share!r}.",
                 "shares up to 1",
                 "pass for example keep_labels=0.5, second_share=0.2.",
+            )
+        if self.min_agreement > -1 and self.keep_labels and not self.num_probe:
+            raise InputError(
+                f"min_agreement={self.min_agreement!r} without a probe set to measure it on.",
+                "num_probe of some dozens beside it",
+                "pass num_probe=64, or leave min_agreement out.",
             )
         surrogate = plugins.create("surrogate.models", self.surrogate, dict(self.surrogate_options or {}))
         if self.sampling == "uncertain" and not hasattr(surrogate, "ensemble"):
@@ -103,7 +107,7 @@ class LabelledRanking:
                 "frozen encoders beside these options",
                 "leave model_state out, or use sampling='stratified' and warm_start=False.",
             )
-        if self.warm_start and self.num_probe and self.keep_labels:
+        if self.warm_start and self.keep_labels:
             raise InputError(
                 "warm_start with keep_labels: the old labels would be counted twice.",
                 "one of the two",
@@ -229,23 +233,13 @@ class LabelledRanking:
             found = {text_id: row.tolist() for text_id, row in zip(probe_scores.text_ids, np.asarray(probe_scores), strict=True)}
             write_json(context.folder / PROBE_FILE, {"scores": found})
             facts["agreements_with_older_labels"] = agreements
-        is_carried = bool(self.carry and context.earlier)
         return Ranking(
-            scores=self._added_to_earlier(context, scores) if is_carried else scores,
-            labels=None if is_carried else fresh,  # a single measurement is not on the scale of a sum
+            scores=scores,
+            labels=fresh,
             fidelity=predictors[-1].fidelity_,
             costs=ranking_costs(context, labels, predictors, seconds=time.perf_counter() - start_seconds),
             facts=facts,
         )
-
-    def _added_to_earlier(self, context: RankingContext, scores: Scores) -> Scores:
-        """Add the scores of the refresh before, in label units; texts that it did not score get its mean."""
-        earlier = Scores.load(context.earlier[-1] / SCORES_FILE)
-        place = {text_id: row for row, text_id in enumerate(earlier.text_ids)}
-        before = np.asarray(earlier, dtype=np.float64)
-        before = np.vstack([before, before.mean(axis=0)])[[place.get(text_id, len(before)) for text_id in scores.text_ids]]
-        summed = np.asarray(scores, dtype=np.float64) + self.carry * before
-        return Scores(summed.astype(np.float32), text_ids=scores.text_ids, target_names=scores.target_names)
 
     def _has_live_features(self) -> bool:
         """Whether features have to be made anew at every checkpoint."""
@@ -257,18 +251,18 @@ class LabelledRanking:
     def _older_labels(
         self, context: RankingContext, labels: Labels, probe_ids: Sequence[str]
     ) -> tuple[list[tuple[Labels, float]], list[float]]:
-        """Return labels of earlier refreshes that still agree on the probe, with their weights, newest first."""
+        """Return labels of earlier refreshes that still agree on the probe, with their weights, newest first; the agreements."""
         found: list[tuple[Labels, float]] = []
         agreements: list[float] = []
-        if not (self.num_probe and self.keep_labels):
+        if not self.keep_labels:
             return found, agreements
         fresh = set(labels.text_ids)
         for age, folder in enumerate(reversed(context.earlier[-OLDEST_LABELS:]), start=1):
             old = Labels.load(folder / "labels")
-            agreement = _mean_spearman(old.take(probe_ids).values, labels.take(probe_ids).values)
-            agreements.append(agreement)
+            if probe_ids:
+                agreements.append(_mean_spearman(old.take(probe_ids).values, labels.take(probe_ids).values))
             kept = [text_id for text_id in old.text_ids if text_id not in fresh]
-            if agreement >= self.min_agreement and kept:
+            if kept and (not probe_ids or agreements[-1] >= self.min_agreement):
                 found.append((old.take(kept), self.keep_labels**age))
         return found, agreements
 

@@ -11,32 +11,23 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
 from typing import Any
 
-from oracle import errors
 from oracle.artifacts import read_json
 from oracle.errors import InputError, check_count
+from surrogate.scoring.attempts import MAX_ATTEMPTS, Attempts, Job
 from surrogate.scoring.outputs import ShardReport
 from surrogate.scoring.scorer import PREDICTOR_FILE
 from surrogate.scoring.shard import ScoreTask, Shard
-from surrogate.scoring.worker import shard_as_dict, task_as_dict
+from surrogate.scoring.worker import raise_refusal, shard_as_dict, task_as_dict
 
-MAX_ATTEMPTS = 3
-BROKEN_SHARDS = 3  # so many different shards that fail before any succeeds show that it is not the shards
 WAIT_SECONDS = 10.0
 WORKER_COMMAND = (sys.executable, "-m", "surrogate.scoring.worker")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-
-class WorkerError(InputError, RuntimeError):
-    """No worker gets anywhere, whatever the shard."""
 
 
 def run(
@@ -62,7 +53,6 @@ def run(
         WorkerError: Several shards fail in the same way and none succeeds.
     """
     on_rows = on_rows or (lambda num_rows: None)
-    check_count("max_attempts", max_attempts)
     if workers is not None:
         check_count("workers", workers, minimum=0)
     if workers == 0 or not shards:
@@ -73,7 +63,7 @@ def run(
         raise InputError("a predictor object cannot be handed to other processes.", "its folder", "save it, or pass workers=0.")
     devices = visible_gpus() if uses_gpu(task.predictor) else []
     num_workers = min(len(shards), workers or len(devices) or num_cores())
-    yield from _Pool(task, num_workers, devices, max_attempts=max_attempts).run(shards, on_rows)
+    yield from _Pool(Attempts(shards, task, max_attempts=max_attempts), num_workers, devices).run(on_rows)
 
 
 def num_cores() -> int:
@@ -97,15 +87,6 @@ def visible_gpus() -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
 
 
-@dataclass
-class _Job:
-    """A shard, how often it failed, and how."""
-
-    shard: Shard
-    num_failures: int = 0
-    reason: str = ""
-
-
 class _Worker:
     """One process and the job it is at."""
 
@@ -116,14 +97,13 @@ class _Worker:
             stdout=subprocess.PIPE,
             env=environment,
         )
-        self.job: _Job | None = None
-        self.began_seconds = 0.0
+        self.job: Job | None = None
         self._unread = b""
         self._tell(task_as_dict(task))
 
-    def begin(self, job: _Job) -> None:
+    def begin(self, job: Job) -> None:
         """Hand out a job."""
-        self.job, self.began_seconds = job, time.monotonic()
+        self.job = job
         self._tell(shard_as_dict(job.shard))
 
     def answers(self) -> list[dict[str, Any]] | None:
@@ -155,16 +135,13 @@ class _Worker:
 class _Pool:
     """Workers that share jobs."""
 
-    def __init__(self, task: ScoreTask, num_workers: int, devices: Sequence[str], *, max_attempts: int) -> None:
-        self.task, self.num_workers, self.devices, self.max_attempts = task, num_workers, devices, max_attempts
+    def __init__(self, attempts: Attempts, num_workers: int, devices: Sequence[str]) -> None:
+        self.attempts, self.num_workers, self.devices = attempts, num_workers, devices
         self._workers: dict[int, _Worker] = {}
         self._selector = DefaultSelector()
-        self._jobs: deque[_Job] = deque()
-        self._num_reports = self._num_given_up = 0
 
-    def run(self, shards: Sequence[Shard], on_rows: Callable[[int], None]) -> Iterator[ShardReport]:
+    def run(self, on_rows: Callable[[int], None]) -> Iterator[ShardReport]:
         """Yield the reports of shards."""
-        self._jobs.extend(_Job(shard) for shard in shards)
         try:
             for place in range(self.num_workers):
                 self._start(place)
@@ -178,7 +155,7 @@ class _Pool:
 
     def _start(self, place: int) -> None:
         """Start the worker of a place, if there is a job for it."""
-        if not self._jobs:
+        if not self.attempts.waiting:
             return
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         threads = max(1, num_cores() // self.num_workers)
@@ -187,10 +164,10 @@ class _Pool:
         environment.setdefault("TQDM_DISABLE", "1")  # bars of loading models, one per worker
         if self.devices:
             environment["CUDA_VISIBLE_DEVICES"] = self.devices[place % len(self.devices)]
-        worker = _Worker(self.task, environment)
+        worker = _Worker(self.attempts.task, environment)
         self._workers[place] = worker
         self._selector.register(worker.process.stdout, EVENT_READ, place)  # type: ignore[arg-type]
-        worker.begin(self._jobs.popleft())
+        worker.begin(self.attempts.waiting.popleft())
 
     def _stop(self, place: int, *, kill: bool = False) -> _Worker:
         worker = self._workers.pop(place)
@@ -205,45 +182,24 @@ class _Pool:
         if answers is None:
             code = self._stop(place).process.returncode
             reason = f"its worker was killed by signal {-code}" if code < 0 else f"its worker ended with exit code {code}"
-            yield from self._failed(worker, reason, error=None)
+            if worker.job is not None:
+                yield from self.attempts.failed(worker.job, reason)
             self._start(place)
             return
         for answer in answers:
             if "rows" in answer:
                 on_rows(answer["rows"])
             elif "report" in answer:
-                self._num_reports += 1
+                self.attempts.num_reports += 1
                 worker.job = None
                 yield ShardReport.from_dict(answer["report"])
-                if self._jobs:
-                    worker.begin(self._jobs.popleft())
+                if self.attempts.waiting:
+                    worker.begin(self.attempts.waiting.popleft())
                 else:
                     self._stop(place)
             else:
                 self._stop(place, kill=True)  # after an error nobody knows what state it is in
-                yield from self._failed(worker, answer["text"], error=answer)
+                raise_refusal(answer)
+                assert worker.job is not None
+                yield from self.attempts.failed(worker.job, answer["text"])
                 self._start(place)
-
-    def _failed(self, worker: _Worker, reason: str, *, error: dict[str, Any] | None) -> Iterator[ShardReport]:
-        """Put the job of a worker that failed back, or give it up."""
-        if error is not None and "parts" in error:
-            raise getattr(errors, error["error"], InputError)(*error["parts"])
-        job = worker.job
-        if job is None:
-            return
-        if time.monotonic() - worker.began_seconds > self.task.checkpoint_seconds:
-            job.num_failures = 0  # some of its rows were finished
-        job.num_failures += 1
-        job.reason = reason
-        if job.num_failures < self.max_attempts:
-            self._jobs.append(job)
-            return
-        self._num_given_up += 1
-        if not self._num_reports and self._num_given_up >= BROKEN_SHARDS:
-            raise WorkerError(
-                f"{self._num_given_up} shards failed {self.max_attempts} times each and none succeeded, at last: {reason}",
-                "workers that run",
-                "see what the workers wrote above; fewer workers need less memory.",
-            )
-        times = "once" if job.num_failures == 1 else f"{job.num_failures} times"
-        yield self.task.fail(job.shard, f"{reason}, {times}")

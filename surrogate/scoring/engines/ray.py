@@ -14,29 +14,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oracle import errors
 from oracle.errors import InputError, MissingPackageError, check_count
+from surrogate.scoring.attempts import MAX_ATTEMPTS, Attempts, Job
 from surrogate.scoring.outputs import ShardReport
 from surrogate.scoring.shard import ScoreTask, Shard
-from surrogate.scoring.worker import describe_error
+from surrogate.scoring.worker import describe_error, raise_refusal
 
-MAX_ATTEMPTS = 3
-MAX_LOST_NODES = 20  # a shard that loses so many nodes is what takes them down
-BROKEN_SHARDS = 3  # so many different shards that fail before any succeeds show that it is not the shards
 QUEUED_PER_SLOT = 2  # tasks handed out beyond those that run, so that no worker waits for the driver
 OBJECT_STORE_BYTES = 2**27  # reports are small
 OWN_CLUSTER = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}  # no token in the home folder, nothing sent
-
-
-class WorkerError(InputError, RuntimeError):
-    """No worker gets anywhere, whatever the shard."""
 
 
 def run(
@@ -68,20 +59,19 @@ def run(
         MismatchError, MissingFileError: Predictor and output folder do not fit, or there is no predictor.
         WorkerError: Several shards fail and none succeeds.
     """
-    check_count("max_attempts", max_attempts)
     if workers is not None:
         check_count("workers", workers)
     _check_resources(cpus_per_task, gpus_per_task)
     if not isinstance(task.predictor, (str, Path)):
         raise InputError("a predictor object cannot be handed to other processes.", "its folder", "save it first.")
     absolute = {name: os.path.abspath(getattr(task, name)) for name in ("predictor", "output")}
+    attempts = Attempts(shards, dataclasses.replace(task, **absolute), max_attempts=max_attempts)
     with _cluster(address, workers, gpus_per_task) as ray:
         room = _room(ray, cpus_per_task, gpus_per_task, workers)
         remote = ray.remote(_score).options(
             num_cpus=cpus_per_task, num_gpus=gpus_per_task, max_retries=0, scheduling_strategy="SPREAD"
         )
-        scoring = _Scoring(ray, remote, dataclasses.replace(task, **absolute), max_attempts=max_attempts)
-        yield from scoring.run(shards, room, on_rows or (lambda num_rows: None))
+        yield from _Scoring(ray, remote, attempts).run(room, on_rows or (lambda num_rows: None))
 
 
 def _score(task: ScoreTask, shard: Shard) -> dict[str, Any]:
@@ -99,32 +89,21 @@ def _score(task: ScoreTask, shard: Shard) -> dict[str, Any]:
     return {"report": report.as_dict(), "num_rows": num_rows}
 
 
-@dataclass
-class _Job:
-    """A shard, how often it failed, and how many nodes were lost with it."""
-
-    shard: Shard
-    num_failures: int = 0
-    num_lost: int = 0
-
-
 class _Scoring:
     """The loop over the tasks of one run."""
 
-    def __init__(self, ray: Any, remote: Any, task: ScoreTask, *, max_attempts: int) -> None:
-        self.ray, self.remote, self.task, self.max_attempts = ray, remote, task, max_attempts
-        self._waiting: deque[_Job] = deque()
-        self._running: dict[Any, _Job] = {}
-        self._num_reports = self._num_given_up = 0
+    def __init__(self, ray: Any, remote: Any, attempts: Attempts) -> None:
+        self.ray, self.remote, self.attempts = ray, remote, attempts
+        self._running: dict[Any, Job] = {}
 
-    def run(self, shards: Sequence[Shard], room: Callable[[], int], on_rows: Callable[[int], None]) -> Iterator[ShardReport]:
+    def run(self, room: Callable[[], int], on_rows: Callable[[int], None]) -> Iterator[ShardReport]:
         """Yield the reports of shards; `room` says how many tasks may be out."""
-        self._waiting.extend(_Job(shard) for shard in shards)
+        waiting = self.attempts.waiting
         try:
-            while self._waiting or self._running:
-                while self._waiting and len(self._running) < room():
-                    job = self._waiting.popleft()
-                    self._running[self.remote.remote(self.task, job.shard)] = job
+            while waiting or self._running:
+                while waiting and len(self._running) < room():
+                    job = waiting.popleft()
+                    self._running[self.remote.remote(self.attempts.task, job.shard)] = job
                 finished, _ = self.ray.wait(list(self._running))
                 for reference in finished:
                     yield from self._take(reference, self._running.pop(reference), on_rows)
@@ -132,40 +111,18 @@ class _Scoring:
             for reference in self._running:
                 self.ray.cancel(reference, force=True)
 
-    def _take(self, reference: Any, job: _Job, on_rows: Callable[[int], None]) -> Iterator[ShardReport]:
+    def _take(self, reference: Any, job: Job, on_rows: Callable[[int], None]) -> Iterator[ShardReport]:
         """Yield the report of a finished task, or see what becomes of its shard."""
         lost = (self.ray.exceptions.NodeDiedError, self.ray.exceptions.ObjectLostError)
         try:
             answer = self.ray.get(reference)
-        except lost as error:
-            job.num_lost += 1
-            if job.num_lost < MAX_LOST_NODES:
-                self._waiting.append(job)
-                return
-            yield self._give_up(job, f"{job.num_lost} nodes were lost with it, at last: {_last_line(error)}")
         except self.ray.exceptions.RayError as error:
-            job.num_failures += 1
-            if job.num_failures < self.max_attempts:
-                self._waiting.append(job)
-                return
-            times = "once" if job.num_failures == 1 else f"{job.num_failures} times"
-            yield self._give_up(job, f"{_last_line(error)}, {times}")
+            yield from self.attempts.failed(job, _last_line(error), with_node=isinstance(error, lost))
         else:
-            if "parts" in answer:
-                raise getattr(errors, answer["error"], InputError)(*answer["parts"])
-            self._num_reports += 1
+            raise_refusal(answer)
+            self.attempts.num_reports += 1
             on_rows(answer["num_rows"])
             yield ShardReport.from_dict(answer["report"])
-
-    def _give_up(self, job: _Job, reason: str) -> ShardReport:
-        self._num_given_up += 1
-        if not self._num_reports and self._num_given_up >= BROKEN_SHARDS:
-            raise WorkerError(
-                f"{self._num_given_up} shards failed {self.max_attempts} times each and none succeeded, at last: {reason}",
-                "workers that run",
-                "see the logs of the cluster: the package, the predictor and the files must be there on every machine.",
-            )
-        return self.task.fail(job.shard, reason)
 
 
 @contextmanager

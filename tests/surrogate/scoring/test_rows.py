@@ -165,7 +165,10 @@ def test_passed_columns_keep_their_types_and_say_what_did_not_fit(tmp_path):
     assert types == {"n": "string", "s": "string", "mixed": "string", "late": "int64", "gone": "string"}
     assert block.passed["n"].to_pylist() == ["0", "1", "2", "three"]
     assert block.passed["mixed"].to_pylist() == ["1", '{"b": 2}', "1", '{"b": 2}']
-    assert block.passed["late"].to_pylist() == [1, 1, 1, None] and "1 values of column 'late'" in block.notes[0]
+    assert block.passed["late"].to_pylist() == [1, 1, 1, None] and block.notes == {
+        "there is no column 'gone'": 4,
+        "values of column 'late' that are no int64": 1,
+    }
     assert block.passed["gone"].null_count == 4
 
 

@@ -12,7 +12,7 @@ from oracle.errors import InputError, LowFidelityError, MismatchError, MissingFi
 from oracle.labels import Labels
 from surrogate.scoring import disk_columns, disk_order, disk_pool
 from surrogate.scoring.corpus_selection import CorpusSelection
-from surrogate.scoring.packed_ids import pack, unpack
+from surrogate.scoring.disk_columns import pack, unpack
 from surrogate.scoring.score_files import ScoreHeader, score_schema
 from surrogate.scoring.selecting import select_corpus
 from surrogate.selection import Budget, Scores, select
@@ -40,7 +40,7 @@ def write_corpus(folder, values, ids, *, names=NAMES, cuts=(), tokens=None):
         columns = [[ids[row] for row in rows], positions, *values[rows].T, *([] if tokens is None else [tokens[rows]])]
         path = folder / f"{number}.parquet"
         pq.write_table(pa.table([pa.array(column) for column in columns], schema=schema), path)
-        files.append(SimpleNamespace(path=path, name=f"part/{number}.jsonl", num_rows=len(rows)))
+        files.append(SimpleNamespace(path=path, name=f"part/{number}.jsonl", num_rows=len(rows), stamp=""))
     return SimpleNamespace(files=files, target_names=names)
 
 

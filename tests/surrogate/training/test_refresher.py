@@ -17,7 +17,6 @@ from oracle.labels import Labels
 from oracle.language_model import LanguageModel
 from oracle.texts import list_text_ids, read_texts
 from surrogate.fidelity import measure_fidelity
-from surrogate.predictor import InfluencePredictor
 from surrogate.scores import Scores
 from surrogate.training.refresher import Refresher
 from surrogate.training.schedule import Schedule
@@ -374,7 +373,7 @@ def test_a_refresh_leaves_weights_optimiser_and_random_state_as_they_were(tmp_pa
 
 def test_refreshes_use_old_labels_that_still_agree_and_never_train_on_the_probe(tmp_path: Path) -> None:
     lm = language_model()
-    refresher = Refresher(POOL, TARGETS, workdir=tmp_path, min_agreement=-1.0, **REFRESH)
+    refresher = Refresher(POOL, TARGETS, workdir=tmp_path, **REFRESH)
     seen: set[str] = set()
     for _ in range(3):
         made = refresher.next_round(lm, num_texts=20)
@@ -388,19 +387,15 @@ def test_refreshes_use_old_labels_that_still_agree_and_never_train_on_the_probe(
     assert all(-1 <= value <= 1 for value in facts[2]["agreements_with_older_labels"])
 
 
-@pytest.mark.parametrize("carry", [0.0, 0.5])
-def test_scores_are_added_to_those_before(tmp_path: Path, carry: float) -> None:
+def test_without_a_probe_old_labels_are_kept_and_no_agreement_can_be_asked_for(tmp_path: Path) -> None:
     lm = language_model()
-    refresher = Refresher(POOL, TARGETS, workdir=tmp_path, carry=carry, **REFRESH)
+    refresher = Refresher(POOL, TARGETS, workdir=tmp_path, **{**REFRESH, "num_probe": 0})
     for _ in range(2):
         train(lm, refresher.pool.select(refresher.next_round(lm, num_texts=20).rows))
-    folders = [refresher.store.ranking_folder(index) for index in range(2)]
-    first, second = (Scores.load(folder / "scores.parquet") for folder in folders)
-    rows = [refresher.text_ids.index(text_id) for text_id in second.text_ids]
-    own = InfluencePredictor.load(folders[1] / "predictor").predict(refresher.pool.select(rows))
-    before = np.asarray(first)[[first.text_ids.index(text_id) for text_id in second.text_ids]]
-    np.testing.assert_allclose(np.asarray(second), np.asarray(own) + carry * before, rtol=1e-5, atol=1e-9)
-    assert (folders[1] / "used_labels").exists() == (carry == 0)  # sums are not ranked beside single labels
+    facts = refresher.table()[1]["facts"]
+    assert facts["num_older_labels"] == 40 and not facts.get("agreements_with_older_labels")
+    with pytest.raises(InputError, match="without a probe set"):
+        Refresher(POOL, TARGETS, workdir=tmp_path, **{**REFRESH, "num_probe": 0, "min_agreement": 0.5})
 
 
 def test_labels_that_no_longer_agree_are_dropped(tmp_path: Path) -> None:
