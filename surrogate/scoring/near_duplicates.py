@@ -19,17 +19,15 @@ from typing import Any
 import numpy as np
 
 from oracle import plugins
-from oracle.errors import InputError, MismatchError
+from oracle.errors import InputError
 from oracle.progress import track
 from surrogate.feature_cache import Encoder
 from surrogate.scoring.blocks import Block
 from surrogate.scoring.chosen import CHOSEN
 from surrogate.scoring.disk_columns import Column
-from surrogate.scoring.files import InputFile, list_inputs
 from surrogate.scoring.layout import ScoreOptions
 from surrogate.scoring.positions import among
 from surrogate.scoring.rows import read_blocks
-from surrogate.scoring.scored_corpus import ScoreFile
 
 ENCODERS = "surrogate.features"
 MAX_TEXTS = 1_000_000
@@ -102,7 +100,7 @@ class NearDuplicates:
             for number in np.unique(records["file"]).tolist():
                 rows = by_place[records["file"][by_place] == number]
                 wanted = records["position"][rows]
-                for block in read_blocks(_unchanged(scored.files[number]), options):
+                for block in read_blocks(scored.input_of(scored.files[number]), options):
                     if not isinstance(block, Block):
                         continue
                     here, texts, text_of_row = _wanted_texts(block, wanted)
@@ -152,14 +150,6 @@ def distinct_rows(vectors: np.ndarray, max_similarity: float) -> np.ndarray:
             num_kept += len(chosen)
             tracker.advance(len(block))
     return stays
-
-
-def _unchanged(file: ScoreFile) -> InputFile:
-    """Return the input of a score file, as it was scored."""
-    (found,) = list_inputs(file.url).files
-    if found.stamp != file.stamp:
-        raise MismatchError(f"{file.url} changed since it was scored.", "the file as it was scored", "score the corpus again.")
-    return found
 
 
 def _wanted_texts(block: Block, wanted: np.ndarray) -> tuple[np.ndarray, Any, np.ndarray]:

@@ -100,14 +100,19 @@ class ScoreWriter:
         self._passed = [name for name in schema.names if not is_own(name)]
         with storing(path):
             self._sink = pa.OSFile(str(path), "wb")
-            self._writer = pq.ParquetWriter(
-                self._sink,
-                schema,
-                compression=COMPRESSION,
-                compression_level=COMPRESSION_LEVEL,
-                use_dictionary=self._passed or False,
-                write_page_checksum=True,
-            )
+            try:
+                self._writer = pq.ParquetWriter(
+                    self._sink,
+                    schema,
+                    compression=COMPRESSION,
+                    compression_level=COMPRESSION_LEVEL,
+                    use_dictionary=self._passed or False,
+                    write_page_checksum=True,
+                )
+            except (OSError, pa.ArrowException):
+                self._sink.close()
+                path.unlink()
+                raise
 
     def write(self, rows: pa.Table) -> None:
         """Add rows; their columns are those of the schema."""

@@ -19,11 +19,11 @@ from oracle.artifacts import read_json
 from oracle.errors import InputError, MismatchError, closest
 from oracle.texts import list_text_ids
 from surrogate.scores import Scores
-from surrogate.scoring.files import list_inputs
+from surrogate.scoring.files import InputFile, list_inputs
 from surrogate.scoring.items import BadFile, BadRow, JsonRow, Piece
 from surrogate.scoring.layout import json_array, json_type
 from surrogate.scoring.manifest import read_manifest, read_reports
-from surrogate.scoring.outputs import CORPUS_FILE, FAILED, MANIFEST_FILE, ShardReport, score_path
+from surrogate.scoring.outputs import CORPUS_FILE, FAILED, MANIFEST_FILE, score_path
 from surrogate.scoring.readers import open_reader
 from surrogate.scoring.score_files import POSITION, TEXT_ID, score_column, value_columns
 
@@ -80,7 +80,7 @@ class ScoredCorpus:
         self.target_names: list[str] = self.identity["target_names"]
         self.units: str = self.identity["units"]
         self.has_spread: bool = self.identity["has_spread"]
-        self.files = [_score_file(self.folder, entry) for entry in self._entries() if entry["status"] != FAILED]
+        self.files = list(self._finished())
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -193,11 +193,7 @@ class ScoredCorpus:
             MismatchError: The file changed since it was scored.
         """
         file = self.file(name)
-        (found,) = list_inputs(url or file.url).files
-        if url is None and found.stamp != file.stamp:
-            raise MismatchError(
-                f"{file.url} changed since it was scored.", "the file as it was scored", "score the corpus again."
-            )
+        found = self.input_of(file, url=url)
         scores = pq.ParquetFile(file.path)
         kept = [TEXT_ID, POSITION, *value_columns(self.target_names, has_spread=self.has_spread)]
         waiting = scores.schema_arrow.empty_table().select(kept)
@@ -215,13 +211,35 @@ class ScoredCorpus:
             waiting = waiting.slice(stop)
         scores.close()
 
-    def _entries(self) -> list[dict[str, Any]]:
-        """Return name, status, rows, URL and stamp of each finished file."""
-        if (self.folder / MANIFEST_FILE).exists():
-            manifest = self.manifest
-            if manifest["complete"]:
-                return list(manifest["files"])
-        return [_entry(report) for report in read_reports(self.folder)]
+    def input_of(self, file: ScoreFile, *, url: str | None = None) -> InputFile:
+        """Return the input of a score file, to be read again.
+
+        Args:
+            file: The score file.
+            url: Where the input is now; None where it was.
+
+        Raises:
+            MismatchError: The input changed since it was scored.
+        """
+        (found,) = list_inputs(url or file.url).files
+        if url is None and found.stamp != file.stamp:
+            raise MismatchError(
+                f"{file.url} changed since it was scored.", "the file as it was scored", "score the corpus again."
+            )
+        return found
+
+    def _finished(self) -> Iterator[ScoreFile]:
+        """Yield the score files of the manifest, or, while a run goes on, of all reports."""
+        is_complete = (self.folder / MANIFEST_FILE).exists() and self.manifest["complete"]
+        if is_complete:
+            entries = self.manifest["files"]
+            found = [(entry["name"], entry["status"], entry["num_scored"], entry["url"], entry["stamp"]) for entry in entries]
+        else:
+            reports = read_reports(self.folder)
+            found = [(of.input_name, of.status, of.counts.num_scored, of.url, of.stamp) for of in reports]
+        for name, status, num_rows, url, stamp in found:
+            if status != FAILED:
+                yield ScoreFile(name, score_path(self.folder, name), num_rows, url, stamp)
 
     def _rows(
         self, wanted: Mapping[str, Any] | None, columns: Sequence[str] | None = None
@@ -233,20 +251,6 @@ class ScoredCorpus:
             rows = batch if ids is None else batch.filter(pc.is_in(batch[TEXT_ID], ids))
             if rows.num_rows:
                 yield rows[TEXT_ID].to_pylist(), np.stack([rows[name].to_numpy() for name in names], axis=1)
-
-
-def _score_file(folder: Path, entry: Mapping[str, Any]) -> ScoreFile:
-    return ScoreFile(entry["name"], score_path(folder, entry["name"]), entry["num_scored"], entry["url"], entry["stamp"])
-
-
-def _entry(report: ShardReport) -> dict[str, Any]:
-    return {
-        "name": report.input_name,
-        "status": report.status,
-        "num_scored": report.counts.num_scored,
-        "url": report.url,
-        "stamp": report.stamp,
-    }
 
 
 def _columns(table: pa.Table) -> dict[str, Any]:

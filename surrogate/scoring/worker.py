@@ -28,7 +28,7 @@ LOST_DRIVER = 3  # exit code
 
 def task_as_dict(task: ScoreTask) -> dict[str, Any]:
     """Return a task, whose predictor is a folder, as JSON-able values."""
-    return {**dataclasses.asdict(dataclasses.replace(task, predictor=str(task.predictor))), "predictor": str(task.predictor)}
+    return dataclasses.asdict(dataclasses.replace(task, predictor=str(task.predictor)))
 
 
 def shard_as_dict(shard: Shard) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import warnings
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from fsspec.implementations.memory import MemoryFileSystem
 
 import oracle
 from oracle.errors import InputError, MismatchError, MissingFileError
@@ -104,6 +106,36 @@ def test_an_object_is_saved_beside_its_scores_and_another_is_refused(corpus, pre
         score_corpus(predictor, corpus / "y.parquet", tmp_path / "out", max_chars=5, **HERE)
 
 
+def test_an_object_that_is_refused_leaves_nothing_behind(corpus, predictor, predictor_folder, network_folder, tmp_path):
+    import surrogate
+
+    score_corpus(predictor_folder, corpus / "y.parquet", tmp_path / "out", **HERE)
+    with pytest.raises(MismatchError, match="predictor: stored"):
+        score_corpus(surrogate.InfluencePredictor.load(network_folder), corpus / "y.parquet", tmp_path / "out", **HERE)
+    assert len(score_corpus(predictor, corpus / "y.parquet", tmp_path / "out", **HERE)) == 20
+
+
+def test_what_was_cut_short_is_made_anew(corpus, predictor_folder, tmp_path, make_jsonl):
+    """A machine that loses its power may keep the name of a file and lose what is in it."""
+    out = tmp_path / "out"
+    score_corpus(predictor_folder, corpus, out, **HERE)
+    before = scores_of(out)
+    (out / "scores" / "y.parquet").write_bytes(before["scores/y.parquet"][:100])
+    (out / "reports" / "en" / "x.jsonl.parquet.json").write_text("")
+    (out / "row_counts.json").write_text("")
+    again = score_corpus(predictor_folder, corpus, out, **HERE)
+    assert again.manifest["complete"] and again.manifest["runs"][-1]["num_rows"] == 50 and scores_of(out) == before
+
+
+def test_the_end_of_one_machine_of_an_array_removes_nothing_that_another_may_be_writing(corpus, predictor_folder, tmp_path):
+    partial = tmp_path / "out" / ".partial" / "elsewhere-1-abc.json"
+    partial.parent.mkdir(parents=True)
+    partial.touch()
+    for rank in range(2):
+        scored = score_corpus(predictor_folder, corpus, tmp_path / "out", rank=rank, world_size=2, **HERE)
+    assert scored.manifest["complete"] and partial.exists()
+
+
 def test_urls_and_an_output_below_the_source(predictor_folder, tmp_path, make_jsonl):
     with fsspec.open("memory://scoring/x.jsonl.gz", "wb") as file:
         file.write(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
@@ -149,23 +181,34 @@ def broken_inputs(folder, make_jsonl, make_parquet):
     (folder / "folder.parquet").mkdir()
     (folder / "gone.jsonl").symlink_to(folder / "nowhere.jsonl")
     (folder / "table.csv").write_text("text\nx\n")
+    make_jsonl(folder / ("x" * 244 + ".jsonl"), good)  # its score file's name would be too long
+    (folder / os.fsdecode(b"caf\xe9.jsonl")).write_bytes(b'{"text": "a"}\n')
+    (folder / "key.jsonl").write_bytes(b'{"caf\xe9": "a", "body": "b"}\n')
+    (folder / "deep.json").write_bytes(b'[{"text": "fine"}, ' + b"[" * 50_000)
+    union = pa.UnionArray.from_sparse(pa.array([0, 1], pa.int8()), [pa.array([1, 2]), pa.array(["a", "b"])])
+    table = pa.table({"text": ["a", "b"], "kept": union})
+    with pa.ipc.new_file(str(folder / "union.arrow"), table.schema) as file:
+        file.write_table(table)
     if os.getuid():
         make_jsonl(folder / "locked.jsonl", good).chmod(0)
 
 
 def test_every_kind_of_broken_input_is_told_and_none_is_fatal(tmp_path, predictor_folder, make_jsonl, make_parquet):
     broken_inputs(tmp_path / "in", make_jsonl, make_parquet)
-    scored = score_corpus(predictor_folder, tmp_path / "in", tmp_path / "out", max_chars=2000, **HERE)
-    manifest = scored.manifest
+    scored = score_corpus(predictor_folder, tmp_path / "in", tmp_path / "out", max_chars=2000, columns=["kept"], **HERE)
+    manifest = json.loads(json.dumps(scored.manifest, ensure_ascii=False).encode())
     assert manifest["complete"] and not manifest["clean"]
     files = {entry["name"]: entry for entry in manifest["files"]}
     failed = {name for name, entry in files.items() if entry["status"] == "failed"} - {"locked.jsonl"}
     assert failed == {
         *("wrong.jsonl.gz", "wrong.jsonl.zst", "wrong.parquet", "empty.parquet", "wrong.arrow", "cut.parquet"),
-        *("no_column.parquet", "no_columns.parquet", "twice.parquet"),
+        *("no_column.parquet", "no_columns.parquet", "twice.parquet", "key.jsonl"),
     }
     damaged = {name: entry["num_scored"] for name, entry in files.items() if entry["status"] == "damaged"}
+    assert damaged.pop("deep.json") == 1
     assert set(damaged) == {"cut.jsonl.gz", "cut.jsonl.zst", "cut.json"} and min(damaged.values()) > 1
+    (note,) = files["union.arrow"]["notes"].items()
+    assert "a type that parquet does not have" in note[0] and note[1] == files["union.arrow"]["num_scored"] == 2
     assert all(entry["errors"] for entry in files.values() if entry["status"] != "done")
     assert files["rows.jsonl"]["num_scored"] == 3 and files["rows.jsonl"]["num_bad"] == 7
     assert files["long.jsonl"]["num_cut"] == 1 and files["long.jsonl"]["num_scored"] == 1
@@ -175,7 +218,9 @@ def test_every_kind_of_broken_input_is_told_and_none_is_fatal(tmp_path, predicto
         assert (files[name]["num_scored"], files[name]["num_bad"]) == (0, count), name
     assert files["no_rows.parquet"]["num_rows"] == 0
     assert {"a/same.jsonl", "b/same.jsonl"} <= set(files)
-    assert {os.path.basename(path) for path in manifest["not_listed"]} == {"folder.parquet", "gone.jsonl"}
+    not_listed = {os.path.basename(path): reason for path, reason in manifest["not_listed"].items()}
+    assert set(not_listed) == {"folder.parquet", "gone.jsonl", "caf\\udce9.jsonl", "x" * 244 + ".jsonl"}
+    assert not_listed["caf\\udce9.jsonl"] == "its name is not valid UTF-8"
     assert manifest["num_ignored"] == 1
     assert scored.read("good.jsonl")["text_id"].to_pylist() == oracle.read_texts(["good 0", "good 1", "good 2"])["text_id"][:]
 
@@ -197,6 +242,9 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(corpus, predi
     with pytest.raises(MissingFileError):
         score_corpus(predictor_folder, corpus / "nothing.jsonl", out)
     assert not out.exists()
+    for url in ("memory://bucket/out", Path("s3://bucket/out")):  # a path has one slash left
+        with pytest.raises(InputError, match="is a URL"):
+            score_corpus(predictor_folder, corpus, url)
     with pytest.raises(MissingFileError, match="there is no predictor"):
         score_corpus(tmp_path / "nothing", corpus, out)
 
@@ -206,6 +254,26 @@ def test_two_files_whose_scores_would_have_one_name_are_refused(tmp_path, predic
     make_parquet(tmp_path / "in" / "x.jsonl.parquet", {"text": ["b"]})
     with pytest.raises(InputError, match="would have the same name"):
         score_corpus(predictor_folder, tmp_path / "in", tmp_path / "out", **HERE)
+
+
+def test_one_path_on_two_file_systems_and_a_file_named_as_a_folder_are_refused(tmp_path, predictor_folder, make_jsonl):
+    """Else the scores of one would be lost to the other, without a word."""
+
+    class Bucket(MemoryFileSystem):
+        protocol = "bucket"
+        store, pseudo_dirs = {}, [""]
+
+    fsspec.register_implementation("bucket", Bucket, clobber=True)
+    urls = ["memory://one/two/x.jsonl", "bucket://one/two/x.jsonl"]
+    for url in urls:
+        with fsspec.open(url, "wb") as file:
+            file.write(b'{"text": "salt"}\n')
+    with pytest.raises(InputError, match="would have the same name"):
+        score_corpus(predictor_folder, urls, tmp_path / "out", **HERE)
+    make_jsonl(tmp_path / "a" / "x.jsonl.parquet" / "y.jsonl", [{"text": "a"}])
+    make_jsonl(tmp_path / "b" / "x.jsonl", [{"text": "b"}])
+    with pytest.raises(InputError, match="in a folder with the name of those of"):
+        score_corpus(predictor_folder, [tmp_path / "a", tmp_path / "b"], tmp_path / "out", **HERE)
 
 
 def test_two_runs_on_one_folder_are_not_let_go_together(corpus, predictor_folder, tmp_path):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFile
 
 from oracle.errors import InputError, InputTypeError, MissingFileError
 from surrogate.scoring.files import list_inputs, open_input
@@ -121,3 +122,16 @@ def test_what_cannot_be_a_corpus_is_refused(tmp_path):
         list_inputs({"text": ["a"]})
     with pytest.raises(InputError, match="protocol"):
         list_inputs("nothing://x/y.jsonl")
+
+
+def test_files_whose_scores_could_have_no_name_are_told(tmp_path):
+    """Keys of object stores may be anything; `a//x` would be `/x` below `a/`, outside the output folder."""
+    filesystem = fsspec.filesystem("memory")
+    bad = ["strange/a//x.jsonl", "strange/" + "ä" * 130 + ".jsonl"]
+    for name in [*bad, "strange/good.jsonl"]:
+        filesystem.store["/" + name] = MemoryFile(filesystem, "/" + name, b"{}")
+    listing = list_inputs("memory://strange")
+    assert [file.name for file in listing.files] == ["good.jsonl"]
+    assert len(listing.failed) == 2 and sum("longer than" in reason for reason in listing.failed.values()) == 1
+    touch(tmp_path / os.fsdecode(b"caf\xe9.jsonl"))
+    assert list_inputs(tmp_path).failed == {f"{tmp_path}/caf\\udce9.jsonl": "its name is not valid UTF-8"}

@@ -120,3 +120,16 @@ def test_rows_are_counted_without_parsing(data, count):
 
 def test_a_list_is_not_counted():
     assert count_rows(pa.PythonFile(io.BytesIO(b"[{}]"), mode="r"), "x.json") is None
+
+
+def test_reasons_are_few_however_many_lines_are_broken():
+    """They are counted, so the place in the line is not in them."""
+    data = b"".join(b'{"' + b"x" * number + b'": 1,}\n' for number in range(50)) + b'{"n": ' + b"9" * 5000 + b"}\n"
+    reasons = {item.reason for item in read(data)}
+    assert len(reasons) == 2 and "not valid JSON: a number of too many digits" in reasons
+    assert all("char" not in reason for reason in reasons)
+
+
+def test_a_list_that_is_nested_too_deeply_ends_the_file_and_raises_nothing():
+    first, last = read(b'[{"text": "fine"}, ' + b"[" * 50_000, "x.json")
+    assert first.values == {"text": "fine"} and "nested too deeply" in last.reason

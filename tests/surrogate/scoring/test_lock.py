@@ -99,3 +99,22 @@ def test_the_lease_shows_signs_of_life(tmp_path, monkeypatch):
         os.utime(tmp_path / ".lock", (1, 1))
         time.sleep(0.2)
         assert (tmp_path / ".lock").stat().st_mtime > 1
+
+
+def test_many_may_look_at_the_lock_of_a_run_of_another_size_at_once(tmp_path):
+    """As all workers of an array do that begin together on a folder where one machine worked before."""
+    with locked(tmp_path):
+        pass
+    with (tmp_path / ".lock").open() as file:
+        lock.fcntl.flock(file, lock.fcntl.LOCK_SH)  # another worker looks at this moment
+        with locked(tmp_path, rank=1, world_size=2):
+            pass
+        with pytest.raises(LockedError), locked(tmp_path):  # but nobody works under its eyes
+            pass
+
+
+def test_a_run_that_fails_gives_its_lease_up(tmp_path):
+    """Another machine need not wait until it is silent."""
+    with pytest.raises(ZeroDivisionError), locked(tmp_path):
+        raise ZeroDivisionError
+    assert (tmp_path / ".lock").read_bytes() == b""

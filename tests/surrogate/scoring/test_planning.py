@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from surrogate.scoring import planning
-from surrogate.scoring.files import list_inputs
+from surrogate.scoring.files import InputFile, list_inputs
 from surrogate.scoring.items import BLOCK_ROWS
 from surrogate.scoring.planning import plan_shards
 
@@ -57,3 +57,21 @@ def test_packed_files_are_cut_into_few_parts(corpus, monkeypatch):
     (corpus / "in" / "b.jsonl.gz").write_bytes(gzip.compress((corpus / "in" / "b.jsonl").read_bytes()))
     monkeypatch.setattr(planning, "MAX_PACKED_PARTS", 2)
     assert len(ranges(plan_shards(list_inputs(corpus / "in").files, corpus / "out"), "b.jsonl.gz")) == 2
+
+
+def test_json_is_counted_only_where_its_files_are_few(tmp_path, monkeypatch):
+    """Counting reads it, in one process and before anything is scored."""
+    monkeypatch.setattr(planning, "MIN_PART_BYTES", 100)
+    monkeypatch.setattr(planning, "MAX_PART_BYTES", 200)
+    monkeypatch.setattr(planning, "_count", lambda file: pytest.fail("counted") if file.name.endswith("jsonl") else 9)
+    files = [InputFile(f"/{name}", name, 1000, "") for name in ("a.parquet", *(f"{number:03}.jsonl" for number in range(300)))]
+    assert len(plan_shards(files, tmp_path)) == 301
+
+
+def test_counts_are_kept_while_others_are_counted(corpus, monkeypatch):
+    monkeypatch.setattr(planning, "SAVE_SECONDS", -1.0)
+    plain = planning._count
+    monkeypatch.setattr(planning, "_count", lambda file: 1 / 0 if file.name == "b.jsonl" else plain(file))
+    with pytest.raises(ZeroDivisionError):
+        plan_shards(list_inputs(corpus / "in").files, corpus / "out")
+    assert list(json.loads((corpus / "out" / "row_counts.json").read_text())) == ["a.parquet"]

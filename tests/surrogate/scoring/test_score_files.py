@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import resource
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from oracle.errors import InputError, MissingFileError
+from oracle.errors import InputError, MissingFileError, StorageError
 from surrogate.scoring import score_files
 from surrogate.scoring.score_files import ScoreHeader, ScoreWriter, read_header, score_schema
 
@@ -64,3 +66,14 @@ def test_what_is_no_score_file_is_refused(tmp_path):
     (tmp_path / "y.parquet").write_text("hello")
     with pytest.raises(InputError, match="is no score file"):
         read_header(tmp_path / "y.parquet")
+
+
+def test_nothing_is_left_of_a_file_that_a_full_disk_does_not_let_begin(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2, limits[1]))  # less than the first bytes of parquet
+    try:
+        with pytest.raises(StorageError, match="free some space"):
+            ScoreWriter(tmp_path / "x.parquet", score_schema(HEADER))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())

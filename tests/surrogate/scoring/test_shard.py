@@ -269,3 +269,18 @@ def test_the_caller_s_threads_are_given_back(tmp_path, predictor_folder, make_js
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_segment_that_was_cut_short_is_made_anew(tmp_path, corpus, whole, predictor_folder):
+    file = list_inputs(corpus).files[0]
+    task = ScoreTask(str(predictor_folder), str(tmp_path), OPTIONS)
+    for shard in (Shard(file, 0, 2048), Shard(file, 2048, 2048), Shard(file, 4096, 2048)):
+        task.score(shard)
+    folder = tmp_path / "segments" / "x.parquet"
+    next(folder.glob("*-000000002048.parquet")).write_bytes(b"")
+    next(folder.glob("*-000000004096.json")).write_text("")
+    next(folder.glob("*-000000006144.parquet")).unlink()
+    assert task.num_kept(Shard(file)) == 0
+    rows = []
+    task.score(Shard(file), rows.append)
+    assert sum(rows) == 9000 and files_of(tmp_path) == files_of(whole)
