@@ -10,6 +10,11 @@ import typer
 from oracle.errors import InputError
 from surrogate.cli_options import PoolOption, SeedOption, SurrogateOption, TextColumn, finish
 
+ENGINE_HELP = (
+    "Of the engine, such as workers=8 (repeatable); local has workers (0: this process) and max_attempts, ray also address, "
+    "cpus_per_task and gpus_per_task."
+)
+
 
 def score(
     run: Annotated[Path | None, typer.Argument(help="Run folder, whose pool is scored; not needed with --predictor.")] = None,
@@ -23,10 +28,13 @@ def score(
     engine: Annotated[str, typer.Option(help="With --source: local, or ray.")] = "local",
     text_column: TextColumn = "text",
     format: Annotated[str, typer.Option(help="With --source: text, completion, chat, tokens or auto.")] = "auto",
-    column: Annotated[list[str] | None, typer.Option("--column", help="With --source: a column to keep (repeatable).")] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option("--column", help="With --source: a column written beside the scores; a.b is the field b of a (repeatable)."),
+    ] = None,
     rank: Annotated[int, typer.Option(help="With --source: the number of this machine of an array.")] = 0,
     world_size: Annotated[int, typer.Option(help="With --source: how many machines the array has.")] = 1,
-    option: Annotated[list[str] | None, typer.Option("--option", help="Of the engine, such as workers=8 (repeatable).")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", help=ENGINE_HELP)] = None,
 ) -> None:
     """Score the run's whole pool, or with --source any corpus; exit code 3 if rows or files were put aside."""
     if not source:
@@ -57,15 +65,29 @@ def select(
     ] = False,
     seed: SeedOption = 0,
     corpus: Annotated[Path | None, typer.Option(help="Select from what `surrogate score --source` wrote, of any size.")] = None,
-    output: Annotated[Path | None, typer.Option(help="With --corpus: where the selection goes.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="With --corpus: where the selection goes; CORPUS-selection by default.")
+    ] = None,
     predictor: Annotated[Path | None, typer.Option(help="With --corpus: the predictor's folder, for its fidelity.")] = None,
     labels: Annotated[Path | None, typer.Option(help="With --corpus: labels; these texts are ranked by them.")] = None,
-    min_score: Annotated[float | None, typer.Option(help="With --corpus: only texts that score at least this.")] = None,
-    tokens_column: Annotated[str | None, typer.Option(help="With --corpus: column of the scores with token counts.")] = None,
-    max_similarity: Annotated[
-        float | None, typer.Option(help="With --corpus: drop texts of this cosine or more to a better one.")
+    min_score: Annotated[
+        float | None,
+        typer.Option(
+            help="With --corpus: only texts whose combined number is at least this: a sum of z-scores, of which 0 is the "
+            "corpus's mean; with --option combine=TARGET the score of that target itself."
+        ),
     ] = None,
-    write_texts: Annotated[bool, typer.Option("--write-texts", help="With --corpus: write the chosen rows too.")] = False,
+    tokens_column: Annotated[
+        str | None,
+        typer.Option(help="With --corpus: column with token counts, kept by `score --column`; num_tokens by default."),
+    ] = None,
+    max_similarity: Annotated[
+        float | None,
+        typer.Option(help="With --corpus: drop chosen texts of this cosine or more to a better one; no others take their place."),
+    ] = None,
+    write_texts: Annotated[
+        bool, typer.Option("--write-texts", help="With --corpus: write the chosen rows too, as parquet.")
+    ] = False,
 ) -> None:
     """Spend a budget on the scored pool, or with --corpus on a scored corpus."""
     budget: dict[str, float | int | None] = {"fraction": fraction, "texts": texts, "tokens": tokens}
@@ -100,7 +122,7 @@ def cascade(
     min_recall: Annotated[float | None, typer.Option(help="Refuse to score where the recall is lower.")] = None,
     text_column: TextColumn = "text",
     engine: Annotated[str, typer.Option(help="local, or ray.")] = "local",
-    option: Annotated[list[str] | None, typer.Option("--option", help="Of the engine, such as workers=8 (repeatable).")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", help=ENGINE_HELP)] = None,
 ) -> None:
     """Score a corpus in two passes: a cheap predictor on all texts, the full one on the best share."""
     from surrogate.scoring.commands import cascade_stage

@@ -241,7 +241,8 @@ def _hub_files(name: str, split: str) -> Iterator[_Found]:
         raise MissingFileError(
             f"there is no local file or folder {name!r}{hint}, and no dataset of that name was reached on the hub: {error}.",
             ACCEPTED,
-            "correct the path or name; without a network, name local files.",
+            "correct the path or name; where a dataset has several configurations, name the files of one: "
+            "hf://datasets/org/name/configuration/*.parquet; without a network, name local files.",
         ) from error
     if split not in files:
         raise InputError(f"{name!r} has no split {split!r}.", ", ".join(map(str, files)), "choose one of these for split.")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
+import hashlib
+import io
 import json
 import os
 import warnings
@@ -112,6 +115,7 @@ def test_an_object_that_is_refused_leaves_nothing_behind(corpus, predictor, pred
     score_corpus(predictor_folder, corpus / "y.parquet", tmp_path / "out", **HERE)
     with pytest.raises(MismatchError, match="predictor: stored"):
         score_corpus(surrogate.InfluencePredictor.load(network_folder), corpus / "y.parquet", tmp_path / "out", **HERE)
+    assert not (tmp_path / "out" / "predictor").exists()
     assert len(score_corpus(predictor, corpus / "y.parquet", tmp_path / "out", **HERE)) == 20
 
 
@@ -256,14 +260,62 @@ def test_two_files_whose_scores_would_have_one_name_are_refused(tmp_path, predic
         score_corpus(predictor_folder, tmp_path / "in", tmp_path / "out", **HERE)
 
 
-def test_one_path_on_two_file_systems_and_a_file_named_as_a_folder_are_refused(tmp_path, predictor_folder, make_jsonl):
-    """Else the scores of one would be lost to the other, without a word."""
+class Bucket(MemoryFileSystem):
+    """Objects with entity tags, as in S3; reading one may fail for a while."""
 
-    class Bucket(MemoryFileSystem):
-        protocol = "bucket"
-        store, pseudo_dirs = {}, [""]
+    protocol = "bucket"
+    store, pseudo_dirs = {}, [""]
+    num_faults = 0
 
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.removeprefix("bucket://").strip("/")
+
+    def info(self, path, **options):
+        found = super().info(path, **options)
+        is_file = found["type"] == "file"
+        return {**found, "created": "", "ETag": hashlib.md5(self.store[found["name"]].getvalue()).hexdigest() if is_file else ""}
+
+    def _open(self, path, mode="rb", **options):
+        opened = super()._open(path, mode, **options)
+        if mode == "rb":
+            opened = io.BytesIO(opened.getvalue())
+            opened.read = functools.partial(self._read, opened, opened.read)
+        return opened
+
+    def _read(self, opened, read, *arguments):
+        if opened.tell() > 0 and Bucket.num_faults:
+            Bucket.num_faults -= 1
+            raise ConnectionResetError(104, "Connection reset by peer")
+        return read(*arguments)
+
+
+@pytest.fixture
+def bucket():
     fsspec.register_implementation("bucket", Bucket, clobber=True)
+    Bucket.store.clear()
+    yield fsspec.filesystem("bucket")
+    Bucket.num_faults = 0
+
+
+def test_a_bucket_that_fails_for_a_while_is_read_again_by_the_next_run(tmp_path, predictor_folder, bucket, make_texts):
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in make_texts(5_000))
+    bucket.pipe("/corpus/a.jsonl", lines.encode())
+    bucket.pipe("/corpus/b.jsonl", b'{"text": "salt"}\n')
+    Bucket.num_faults = 1
+    scored = score_corpus(predictor_folder, "bucket://corpus", tmp_path / "out", **HERE)
+    files = {entry["name"]: entry for entry in scored.manifest["files"]}
+    assert files["a.jsonl"]["status"] == "damaged" and "Connection reset" in files["a.jsonl"]["errors"][0]
+    assert files["b.jsonl"]["status"] == "done" and not scored.manifest["clean"]
+    again = score_corpus(predictor_folder, "bucket://corpus", tmp_path / "out", **HERE)
+    assert again.manifest["clean"] and len(again) == 5_001
+    bucket.pipe("/corpus/b.jsonl", b'{"text": "oven"}\n')  # as large as before
+    with pytest.warns(ChangedInputWarning, match=r"1 files changed .* first b\.jsonl"):
+        score_corpus(predictor_folder, "bucket://corpus", tmp_path / "out", **HERE)
+
+
+def test_one_path_on_two_file_systems_and_a_file_named_as_a_folder_are_refused(tmp_path, predictor_folder, make_jsonl, bucket):
+    """Else the scores of one would be lost to the other, without a word."""
     urls = ["memory://one/two/x.jsonl", "bucket://one/two/x.jsonl"]
     for url in urls:
         with fsspec.open(url, "wb") as file:

@@ -19,7 +19,7 @@ from surrogate.scoring.corpus import score_corpus
 from surrogate.scoring.engines import local
 from surrogate.scoring.progress import ScoringProgress
 
-NUM_KILLS = int(os.environ.get("SCORING_KILLS", "3"))
+NUM_KILLS = int(os.environ.get("SCORING_KILLS", "2"))
 
 
 def files_of(folder):
@@ -71,7 +71,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path,
     rng = np.random.default_rng(0)
     forking = multiprocessing.get_context("fork")
     num_killed = num_runs = 0
-    while num_killed < NUM_KILLS:
+    while num_killed < 2 * NUM_KILLS:
         process = forking.Process(target=run, args=(tmp_path / str(num_runs),))
         process.start()
         process.join(rng.uniform(0.02, 0.5 * whole[1]))
