@@ -1,5 +1,18 @@
 """Scoring large corpora: one shard in, one score file out; engines for one machine and for many around the same worker.
 
+Files, in the order in which they build on each other:
+
+    files, items            what a source names; what reading yields: pieces of rows, bad rows, bad files
+    json_reader, readers    files as streams of rows
+    positions, blocks, layout, rows      rows as blocks of texts with their text_ids
+    scorer, batch           a block of texts in, scores out; the same for pipelines of others
+    score_files, segments, outputs       what is written, and under which names
+    read_ahead, shard       `score_shard`: the one worker
+    attempts, worker, engines            who runs it on many shards, and what becomes of a shard whose worker dies
+    planning, manifest, lock, progress, corpus, scored_corpus       `score_corpus` around an engine; reading the scores
+    disk_columns, disk_pool, disk_order, chosen, near_duplicates, corpus_selection, selecting       `select_corpus`
+    cascade_recall, cascade, commands    two passes; the command line
+
 The names below are loaded on first use.
 """
 

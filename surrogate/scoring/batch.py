@@ -30,7 +30,8 @@ ERROR_COLUMN = "score_error"
 class ScoreBatch:
     """Adds scores to a batch of rows: text_id, score:<target>, spread:<target> and score_error.
 
-    A row that cannot be scored keeps its place, with NaN, no text_id, and the reason in score_error. Encoders that are
+    A row that cannot be scored keeps its place, with NaN, an empty text_id, and the reason in score_error, which is empty for
+    the others: every batch has columns of the same types. Encoders that are
     transformers round by what stands beside a text, so scores agree with `score_corpus` to rounding.
 
     Args:
@@ -45,7 +46,10 @@ class ScoreBatch:
     Example:
         >>> dataset.map(ScoreBatch("runs/demo/predictors/trees"), batched=True)                          # doctest: +SKIP
         >>> ray.data.read_parquet("pool").map_batches(                                                   # doctest: +SKIP
-        ...     ScoreBatch, fn_constructor_args=("runs/demo/predictors/trees",), batch_size=2048, concurrency=1
+        ...     ScoreBatch,
+        ...     fn_constructor_args=("runs/demo/predictors/trees",),
+        ...     batch_size=2048,
+        ...     compute=ray.data.ActorPoolStrategy(size=4),
         ... )
     """
 
@@ -75,14 +79,13 @@ class ScoreBatch:
         identity = self.identity
         names = value_columns(identity.target_names, has_spread=identity.has_spread)
         values = np.full((num_rows, len(names)), np.nan, dtype=np.float32)
-        text_ids: list[str | None] = [None] * num_rows
-        errors: list[str | None] = [None] * num_rows
+        text_ids, errors = [""] * num_rows, [""] * num_rows
         if rows:
             with one_thread():
                 block, found, reasons = score_rows(load_scorer(self.predictor), rows, self.options)
             values[block.positions] = found
             for position, text_id, reason in zip(block.positions, block.text_ids, reasons, strict=True):
-                text_ids[position], errors[position] = (None, reason) if reason else (text_id, None)
+                text_ids[position], errors[position] = ("" if reason else text_id), reason
             for bad in block.bad_rows:
                 errors[bad.position] = bad.reason
         added = {name: values[:, column] for column, name in enumerate(names)}

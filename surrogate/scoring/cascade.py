@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oracle.artifacts import atomic_folder, provenance, read_json, require_same, write_json
+from oracle.artifacts import provenance, read_json, require_same, write_json
 from oracle.errors import InputError, LowFidelityError
 from surrogate.budget import Budget
 from surrogate.rules.top import Top
@@ -89,11 +89,10 @@ def score_cascade(
         )
     output = local_folder(output)
     _check_apart(source, output)
-    folders = {name: _saved(given, output / f"{name}_predictor") for name, given in (("first", first), ("full", full))}
     rows = measure_recall(_loaded(first), _loaded(full), labels, shares=[share], top=top, how=how, weights=weights)
     check_recall(rows, min_recall)
     identity = {
-        **{name: read_identity(folder).predictor for name, folder in folders.items()},
+        **{name: read_identity(given).predictor for name, given in (("first", first), ("full", full))},
         "share": share,
         "top": top,
         "how": how,
@@ -104,10 +103,10 @@ def score_cascade(
         require_same(read_json(path)["identity"], identity, where=output)
     told: dict[str, Any] = {"identity": identity, "recall": [row.as_dict() for row in rows], **provenance()}
     write_json(path, told)
-    everything = score_corpus(folders["first"], source, output / FIRST, **scoring)
+    everything = score_corpus(first, source, output / FIRST, **scoring)
     rule = Top(combine=how, weights=weights)
     passed = select_corpus(everything, output / PASSED, budget=Budget(fraction=share), rule=rule)
-    scored = score_corpus(folders["full"], source, output / FULL, only=passed.folder, **scoring)
+    scored = score_corpus(full, source, output / FULL, only=passed.folder, **scoring)
     passes = {name: _cost(corpus) for name, corpus in ((FIRST, everything), (FULL, scored))}
     write_json(path, {**told, "counts": passed.counts, "passes": passes})
     return scored
@@ -134,15 +133,6 @@ def check_recall(rows: Sequence[TargetRecall], min_recall: float | None) -> None
                 f"a recall of at least {min_recall:g}",
                 "keep a larger share, use richer features in the first pass, or score everything with the full predictor.",
             )
-
-
-def _saved(predictor: InfluencePredictor | str | Path, folder: Path) -> Path:
-    if isinstance(predictor, (str, Path)):
-        return Path(predictor)
-    if not folder.exists():
-        with atomic_folder(folder) as partial:
-            predictor.save(partial)
-    return folder
 
 
 def _loaded(predictor: InfluencePredictor | str | Path) -> InfluencePredictor:

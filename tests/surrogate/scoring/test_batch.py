@@ -21,8 +21,14 @@ def test_datasets_map_adds_the_scores_of_predict(predictor, predictor_folder, ma
     )
     expected = predictor.predict(texts)
     assert mapped.column_names == ["text", "n", "text_id", "score:math", "score:cooking", "score_error"]
-    assert mapped["text_id"][:] == expected.text_ids and set(mapped["score_error"][:]) == {None}
+    assert mapped["text_id"][:] == expected.text_ids and set(mapped["score_error"][:]) == {""}
     np.testing.assert_allclose(mapped["score:cooking"][:], np.asarray(expected)[:, 1], rtol=1e-5)
+
+
+def test_a_bad_row_long_after_the_first_batches_fits_the_columns_that_were_written(predictor_folder, make_texts):
+    rows = datasets.Dataset.from_dict({"text": [*make_texts(60), " "]})
+    mapped = rows.map(ScoreBatch(predictor_folder), batched=True, batch_size=8, writer_batch_size=8)
+    assert mapped["score_error"][-2:] == ["", "empty"] and mapped["text_id"][-1] == ""
 
 
 def test_a_streamed_dataset_maps_too(predictor_folder, make_texts):
@@ -33,9 +39,9 @@ def test_a_streamed_dataset_maps_too(predictor_folder, make_texts):
 
 def test_rows_that_cannot_be_scored_keep_their_place(predictor_folder):
     found = ScoreBatch(predictor_folder)({"text": np.array(["salt", None, "", "salt"], dtype=object)})
-    assert found["score_error"] == [None, "missing", "empty", None]
+    assert found["score_error"] == ["", "missing", "empty", ""]
     assert np.isnan(found["score:math"]).tolist() == [False, True, True, False]
-    assert found["text_id"][0] == found["text_id"][3] and found["text_id"][1] is None
+    assert found["text_id"][0] == found["text_id"][3] and found["text_id"][1] == ""
     assert found["score:math"][0] == found["score:math"][3]
 
 
