@@ -46,6 +46,8 @@ def storing(path: Path) -> Iterator[None]:
 
     try:
         yield
+    except InputError:  # such as MissingFileError of something that is read meanwhile
+        raise
     except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         raise StorageError(
             f"cannot write {path}: {error.strerror}.",

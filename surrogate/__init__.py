@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from surrogate.scores import Scores as Scores
     from surrogate.scoring.corpus import score_corpus as score_corpus
     from surrogate.scoring.scored_corpus import ScoredCorpus as ScoredCorpus
+    from surrogate.scoring.selecting import select_corpus as select_corpus
     from surrogate.selection import Budget as Budget
     from surrogate.selection import Selection as Selection
     from surrogate.selection import select as select
@@ -34,6 +35,7 @@ _HOMES = {
     "Scores": "surrogate.scores",
     "score_corpus": "surrogate.scoring.corpus",
     "ScoredCorpus": "surrogate.scoring.scored_corpus",
+    "select_corpus": "surrogate.scoring.selecting",
     "Budget": "surrogate.selection",
     "Selection": "surrogate.selection",
     "select": "surrogate.selection",

@@ -40,7 +40,9 @@ def score(
     if not source:
         from surrogate.stages import score_stage
 
-        finish(score_stage(_needed(run, predictor, output, instead="--source FILES with --predictor and --output"), surrogate))
+        unused: tuple[Any, ...] = (predictor, output, column, option, *(given for given in (format,) if given != "auto"))
+        unused += tuple(given for given in (text_column,) if given != "text")
+        finish(score_stage(_needed(run, *unused, instead="--source FILES with --predictor and --output"), surrogate))
         return
     from surrogate.scoring.commands import score_corpus_stage
 
@@ -85,8 +87,14 @@ def select(
         float | None,
         typer.Option(help="With --corpus: drop chosen texts of this cosine or more to a better one; no others take their place."),
     ] = None,
+    similarity_encoder: Annotated[
+        str | None, typer.Option(help="With --max-similarity: NAME or NAME:option=value,... of the encoder; sentence by default.")
+    ] = None,
     write_texts: Annotated[
         bool, typer.Option("--write-texts", help="With --corpus: write the chosen rows too, as parquet.")
+    ] = False,
+    allow_incomplete: Annotated[
+        bool, typer.Option("--allow-incomplete", help="With --corpus: select from what is scored so far.")
     ] = False,
 ) -> None:
     """Spend a budget on the scored pool, or with --corpus on a scored corpus."""
@@ -95,8 +103,16 @@ def select(
     if corpus is None:
         from surrogate.stages import select_stage
 
-        finish(select_stage(_needed(run, output, min_score, instead="--corpus FOLDER"), budget, surrogate=surrogate, **choice))
+        unused: tuple[Any, ...] = (output, min_score, predictor, labels, tokens_column, max_similarity, similarity_encoder)
+        unused += (write_texts or None, allow_incomplete or None)
+        finish(select_stage(_needed(run, *unused, instead="--corpus FOLDER"), budget, surrogate=surrogate, **choice))
         return
+    if run is not None or surrogate is not None:
+        raise InputError(
+            f"the run folder {run} or --surrogate {surrogate} beside --corpus.",
+            "a run folder, or a corpus with --predictor FOLDER for its fidelity",
+            "leave one of the two out.",
+        )
     from surrogate.scoring.commands import select_corpus_stage
 
     more: dict[str, Any] = {
@@ -105,6 +121,8 @@ def select(
         "min_score": min_score,
         "tokens_column": tokens_column,
         "max_similarity": max_similarity,
+        "similarity_encoder": similarity_encoder,
+        "allow_incomplete": allow_incomplete,
     }
     finish(select_corpus_stage(corpus, output, budget, texts=write_texts, **more, **choice))
 
@@ -121,6 +139,8 @@ def cascade(
     top: Annotated[float, typer.Option(help="Share of the texts that will be selected at last.")] = 0.05,
     min_recall: Annotated[float | None, typer.Option(help="Refuse to score where the recall is lower.")] = None,
     text_column: TextColumn = "text",
+    column: Annotated[list[str] | None, typer.Option("--column", help="A column written beside the scores (repeatable).")] = None,
+    combine: Annotated[str, typer.Option(help="How the first pass makes one number of several targets.")] = "sum_z",
     engine: Annotated[str, typer.Option(help="local, or ray.")] = "local",
     option: Annotated[list[str] | None, typer.Option("--option", help=ENGINE_HELP)] = None,
 ) -> None:
@@ -135,6 +155,8 @@ def cascade(
         source=source or [],
         output=output,
         text_column=text_column,
+        columns=column or [],
+        combine=combine,
         engine=engine,
         options=option or [],
         **spending,

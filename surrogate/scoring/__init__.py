@@ -5,11 +5,12 @@ Files, in the order in which they build on each other:
     files, items            what a source names; what reading yields: pieces of rows, bad rows, bad files
     json_reader, readers    files as streams of rows
     positions, blocks, layout, rows      rows as blocks of texts with their text_ids
-    scorer, batch           a block of texts in, scores out; the same for pipelines of others
+    scorer                  a block of texts in, scores out
     score_files, segments, outputs       what is written, and under which names
+    batch                   scores in pipelines of others
     read_ahead, shard       `score_shard`: the one worker
     attempts, worker, engines            who runs it on many shards, and what becomes of a shard whose worker dies
-    planning, manifest, lock, progress, corpus, scored_corpus       `score_corpus` around an engine; reading the scores
+    planning, manifest, lock, progress, scored_corpus, checks, corpus       `score_corpus` around an engine; reading the scores
     disk_columns, disk_pool, disk_order, chosen, near_duplicates, corpus_selection, selecting       `select_corpus`
     cascade_recall, cascade, commands    two passes; the command line
 

@@ -17,7 +17,6 @@ Limit: with a share of 1 the scores are those of the full predictor alone.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from oracle.errors import InputError, LowFidelityError
 from surrogate.budget import Budget
 from surrogate.rules.top import Top
 from surrogate.scoring.cascade_recall import COMBINED, TargetRecall, measure_recall
+from surrogate.scoring.checks import check_apart, check_folder
 from surrogate.scoring.corpus import score_corpus
 from surrogate.scoring.outputs import local_folder
 from surrogate.scoring.scored_corpus import ScoredCorpus
@@ -88,7 +88,8 @@ def score_cascade(
             "raise share, or lower top.",
         )
     output = local_folder(output)
-    _check_apart(source, output)
+    check_apart(source, output)
+    check_folder(output, mark=CASCADE_FILE)
     rows = measure_recall(_loaded(first), _loaded(full), labels, shares=[share], top=top, how=how, weights=weights)
     check_recall(rows, min_recall)
     identity = {
@@ -112,15 +113,18 @@ def score_cascade(
     return scored
 
 
-def _check_apart(source: CorpusSource, output: Path) -> None:
-    """Refuse an output folder inside the source: the second pass would take the scores of the first for texts."""
-    for location in [source] if isinstance(source, (str, os.PathLike)) else source:
-        if os.path.isdir(location) and output.resolve().is_relative_to(Path(location).resolve()):
-            raise InputError(
-                f"the output folder {output} is inside the source {location}.",
-                "a folder elsewhere",
-                "name another output folder.",
-            )
+def full_corpus(folder: Path) -> tuple[Path, float]:
+    """Return where the texts of a cascade are selected from, and which share of the different texts they are.
+
+    Raises:
+        InputError: The cascade has not come to its end.
+    """
+    told = read_json(folder / CASCADE_FILE)
+    if "counts" not in told:
+        raise InputError(
+            f"the cascade in {folder} has not come to its end.", "a finished one", "run the same `surrogate cascade` again."
+        )
+    return folder / FULL, told["counts"]["selected"] / told["counts"]["pool"]
 
 
 def check_recall(rows: Sequence[TargetRecall], min_recall: float | None) -> None:

@@ -1,6 +1,7 @@
 """`surrogate score --source`, `select --corpus` and `cascade`: from what is typed to what is printed.
 
-Exit codes beside those of the command line: 3 where everything else is finished, but rows or files were put aside.
+The arguments are the options of the commands, which `surrogate score --help` and so on explain. Exit codes beside those of
+the command line: 3 where everything else is finished, but rows or files were put aside.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from surrogate.fidelity import Fidelity
 from surrogate.option_strings import parse_options, parse_plugin
 from surrogate.pipeline import Run
 from surrogate.predictor import InfluencePredictor
-from surrogate.scoring.cascade import CASCADE_FILE, score_cascade
+from surrogate.scoring.cascade import CASCADE_FILE, FIRST, full_corpus, score_cascade
 from surrogate.scoring.cascade_recall import measure_recall, recall_table
 from surrogate.scoring.corpus import score_corpus
+from surrogate.scoring.manifest import read_manifest
 from surrogate.scoring.near_duplicates import ENCODERS, NearDuplicates
 from surrogate.scoring.scored_corpus import ScoredCorpus
 from surrogate.scoring.scorer import PREDICTOR_FILE, read_identity
@@ -51,20 +54,6 @@ def score_corpus_stage(
 ) -> dict[str, Any]:
     """Score a corpus.
 
-    Args:
-        source: Files, globs, folders, URLs or a hub name.
-        predictor: A predictor's folder; or none, with `run`.
-        run: A run folder, whose predictor is taken.
-        surrogate: Which of the run's predictors; without it the one with the highest fidelity.
-        output: The output folder; with `run` by default its folder `corpus`.
-        engine: local or ray.
-        text_column: The column with the text.
-        format: Format of the texts.
-        columns: Columns that are passed through.
-        rank: The number of this machine of an array.
-        world_size: How many there are.
-        options: `option=value` of the engine, such as workers=8.
-
     Returns:
         A summary; its `exit_code` is 0, or 3 where rows or files were put aside.
 
@@ -86,36 +75,72 @@ def score_corpus_stage(
             raise InputError("no output folder.", "--output FOLDER", "say where the scores go.")
         output = run / "corpus"
     folder = predictor or _fitted(run, surrogate)
-    scored = score_corpus(
-        folder,
-        list(source),
-        output,
-        engine=engine,
-        text_column=text_column,
-        format=format,
-        columns=list(columns),
-        rank=rank,
-        world_size=world_size,
-        **parse_options(options),
-    )
-    return summary(scored.manifest, output)
+    try:
+        scored = score_corpus(
+            folder,
+            list(source),
+            output,
+            engine=engine,
+            text_column=text_column,
+            format=format,
+            columns=list(columns),
+            rank=rank,
+            world_size=world_size,
+            **parse_options(options),
+        )
+    except KeyboardInterrupt:
+        _tell_stopped(output)
+        raise
+    told = summary(scored.manifest, output)
+    sys.stderr.write(_in_words(told))
+    return told
 
 
 def _fitted(run: Path | None, surrogate: str | None) -> Path:
     assert run is not None
-    return run / "predictors" / Run(run).predictor(surrogate).surrogate_name
+    folder = run / "predictors" / Run(run).predictor(surrogate).surrogate_name
+    sys.stderr.write(f"scoring with the predictor {folder}\n")
+    return folder
+
+
+def _tell_stopped(output: Path) -> None:
+    """Say how far a run had come that was stopped from the keyboard."""
+    with suppress(InputError):
+        manifest = read_manifest(output)
+        finished = len(manifest["files"])
+        sys.stderr.write(
+            f"stopped: {finished} of {manifest['num_files']} files are finished in {output}; the same command goes on\n"
+        )
+
+
+def _in_words(told: Mapping[str, Any]) -> str:
+    """Return what a summary says, for people."""
+    output, faulty = told["output"], told["num_files"] - told["files_by_status"].get("done", 0) - told["num_missing"]
+    words = f"{told['num_scored']:,} of {told['num_rows']:,} rows in {told['num_files']} files have scores in {output}"
+    if told["rows_per_second"]:
+        words += f"; {told['seconds']:.1f} s, {told['rows_per_second']:,.0f} rows/s"
+    else:
+        words += "; there was nothing left to do"
+    if told["exit_code"]:
+        words += f"\nput aside: {told['num_bad']:,} rows and {faulty} files; see {output}/quarantine and {output}/manifest.json"
+    if told["num_not_in_source"]:
+        words += f"\nnote: {told['num_not_in_source']} files that were scored before are not in this source, and not counted"
+    if told["num_missing"]:
+        return words + f"\nstill missing: {told['num_missing']} files\n"
+    return words + f"\nnext: surrogate select --corpus {output} --fraction 0.1\n"
 
 
 def summary(manifest: dict[str, Any], output: Path) -> dict[str, Any]:
     """Return what is printed of a manifest."""
     faulty = [entry for entry in manifest["files"] if entry["status"] != "done"]
     put_aside = bool(faulty or manifest["num_bad"] or manifest["not_listed"])
-    last = manifest["runs"][-1]
+    last, not_listed = manifest["runs"][-1], len(manifest["not_listed"])
     return {
         "output": str(output),
         "complete": manifest["complete"],
+        "predictor": last.get("predictor"),
         "num_files": manifest["num_files"],
-        "files_by_status": manifest["files_by_status"],
+        "files_by_status": manifest["files_by_status"] | ({"not_listed": not_listed} if not_listed else {}),
         "num_rows": manifest["num_rows"],
         "num_scored": manifest["num_scored"],
         "num_bad": manifest["num_bad"],
@@ -123,6 +148,9 @@ def summary(manifest: dict[str, Any], output: Path) -> dict[str, Any]:
         "faulty_files": {entry["name"]: entry["errors"][:1] for entry in faulty[:SHOWN_FILES]},
         "not_listed": dict(list(manifest["not_listed"].items())[:SHOWN_FILES]),
         "num_missing": len(manifest["missing"]),
+        "num_not_in_source": len(manifest["not_in_source"]),
+        "num_ignored": manifest["num_ignored"],
+        "num_cut": manifest["num_cut"],
         "seconds": last["seconds"],
         "rows_per_second": round(last["num_rows"] / last["seconds"], 1) if last["seconds"] else 0.0,
         "exit_code": PUT_ASIDE if put_aside else 0,
@@ -146,21 +174,6 @@ def cascade_stage(
     options: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Show the recall of a first pass on stderr; with a source, score with it.
-
-    Args:
-        first: Folder of the cheap predictor.
-        full: Folder of the full one.
-        labels: Folder of the labels that both were fitted on.
-        source: What is scored; without it the recall is only shown, for several shares.
-        output: The output folder.
-        share: Share of the texts that the full predictor gets to see; 0.2 where a source is scored.
-        top: Share of the texts that will be selected at last.
-        combine: How the first pass makes one number of several targets.
-        min_recall: Refuse to score where the recall is lower.
-        text_column: The column with the text.
-        columns: Columns that are passed through.
-        engine: local or ray.
-        options: option=value of the engine.
 
     Raises:
         InputError: A source without an output folder, or what `score_cascade` raises.
@@ -189,7 +202,15 @@ def cascade_stage(
         engine=engine,
         **parse_options(options),
     )
-    return {**told, "cascade": str(output / CASCADE_FILE), **summary(scored.manifest, scored.folder)}
+    passes = [summary(ScoredCorpus(folder).manifest, folder) for folder in (output / FIRST, scored.folder)]
+    sys.stderr.write(_in_words({**passes[1], "output": output}))
+    return {
+        **told,
+        "cascade": str(output / CASCADE_FILE),
+        "first_pass": passes[0],
+        **passes[1],
+        "exit_code": max(told_of["exit_code"] for told_of in passes),
+    }
 
 
 def select_corpus_stage(
@@ -212,28 +233,15 @@ def select_corpus_stage(
 ) -> dict[str, Any]:
     """Select from a scored corpus.
 
-    Args:
-        corpus: The folder that `surrogate score --source` wrote.
-        output: Folder for the selection; by default beside the corpus, with its name and `-selection`.
-        budget: At most one of tokens, texts and fraction; none is needed with `min_score`.
-        rule: top, top_share, softmax or random.
-        options: option=value of the rule.
-        min_score: Only texts whose combined number is at least this.
-        tokens_column: Column of the scores with token counts.
-        labels: Folder of labels; a labelled text is ranked by its label.
-        predictor: Folder of the predictor that made the scores, for its fidelity; it is looked for beside the scores.
-        allow_low_fidelity: Select by scores at chance all the same.
-        max_similarity: Drop texts of this cosine or more to a better one.
-        similarity_encoder: NAME or NAME:option=value,... of the encoder for that; `sentence` by default.
-        texts: Also write the chosen rows of the inputs.
-        allow_incomplete: Select from what is scored so far.
-        seed: Seed of rules with chance.
-
     Raises:
         InputError: What `select_corpus` raises, or an option without effect.
     """
-    scored = ScoredCorpus(corpus)
     given = {name: value for name, value in budget.items() if value is not None}
+    folder = corpus
+    if (corpus / CASCADE_FILE).exists():
+        folder, passed = full_corpus(corpus)
+        given = _of_what_passed(given, passed)
+    scored = ScoredCorpus(folder)
     selection = select_corpus(
         scored,
         output or corpus.with_name(f"{corpus.name}-selection"),
@@ -250,6 +258,9 @@ def select_corpus_stage(
         seed=seed,
         **plugin_options("surrogate.rules", rule, options),
     )
+    num_alike = selection.counts.get("near_duplicates", 0)
+    if num_alike:
+        sys.stderr.write(f"note: {num_alike:,} chosen texts were near-duplicates of better ones; {len(selection):,} are kept\n")
     return {
         "corpus": str(corpus),
         "selection": str(selection.folder),
@@ -275,11 +286,35 @@ def find_fidelity(scored: ScoredCorpus, predictor: Path | None) -> Fidelity | No
                 "name that one, or leave it out.",
             )
         return _fidelity(predictor)
-    for path in [scored.folder / "predictor", *sorted(scored.folder.parent.glob("predictors/*"))]:
+    of_runs = [Path(run["predictor"]) for run in reversed(_runs(scored)) if run.get("predictor")]
+    for path in [scored.folder / "predictor", *of_runs, *sorted(scored.folder.parent.glob("predictors/*"))]:
         if (path / PREDICTOR_FILE).exists() and read_identity(path).predictor == wanted:
             return _fidelity(path)
-    warnings.warn("the predictor of these scores was not found, so its fidelity is not checked; name it", stacklevel=2)
+    warnings.warn(
+        "the predictor of these scores was not found, so its fidelity is not checked; give --predictor FOLDER", stacklevel=2
+    )
     return None
+
+
+def _runs(scored: ScoredCorpus) -> list[dict[str, Any]]:
+    try:
+        return list(scored.manifest["runs"])
+    except InputError:  # a run that has not come to its first manifest
+        return []
+
+
+def _of_what_passed(budget: dict[str, Any], passed: float) -> dict[str, Any]:
+    """Return a budget for the texts that a cascade let through; a fraction was meant of all."""
+    fraction = budget.get("fraction")
+    if fraction is None:
+        return budget
+    if fraction > passed:
+        raise InputError(
+            f"--fraction {fraction:g} of a cascade that let through {passed:.3g} of the texts.",
+            f"at most {passed:.3g}",
+            "select less, or run a cascade with a larger --share.",
+        )
+    return {**budget, "fraction": min(fraction / passed, 1.0)}
 
 
 def _fidelity(folder: Path) -> Fidelity:

@@ -16,17 +16,18 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oracle import plugins
-from oracle.errors import InputError, check_choice, check_count, closest
+from oracle.errors import InputError, InputTypeError, check_choice, check_count, closest
 from oracle.text_formats import FORMATS
-from surrogate.scoring.files import CorpusSource, Listing, list_inputs
+from surrogate.scoring.checks import check_apart, check_columns, check_folder, check_names
+from surrogate.scoring.files import CorpusSource, list_inputs
 from surrogate.scoring.layout import ScoreOptions
 from surrogate.scoring.lock import locked
 from surrogate.scoring.manifest import changed_files, write_manifest
-from surrogate.scoring.outputs import ShardReport, corpus_identity, finished_report, local_folder, open_output, output_name
+from surrogate.scoring.outputs import CORPUS_FILE, ShardReport, corpus_identity, finished_report, local_folder, open_output
 from surrogate.scoring.planning import plan_shards
 from surrogate.scoring.positions import positions_fingerprint
 from surrogate.scoring.progress import scoring_progress
@@ -95,7 +96,8 @@ def score_corpus(
         MismatchError: The output folder holds scores of another predictor or of other options.
         LockedError: Another run works on the output folder.
         StorageError: The disk is full; what was finished stays.
-        InputError: An option cannot be used.
+        InputError: An option cannot be used, the output folder is inside the source or holds something else, or the first
+            files have no column of the text or of what is to be passed through.
 
     Example:
         >>> scored = surrogate.score_corpus("runs/demo/predictors/trees", "pool/*.parquet", "scored")  # doctest: +SKIP
@@ -105,16 +107,21 @@ def score_corpus(
     check_count("rank", rank, minimum=0)
     if rank >= world_size:
         raise InputError(f"rank={rank} with world_size={world_size}.", "a rank from 0 to world_size - 1", "count ranks from 0.")
-    options = _options(text_column=text_column, format=format, columns=tuple(columns), max_chars=max_chars, only=only)
+    options = _options(text_column=text_column, format=format, columns=columns, max_chars=max_chars, only=only)
     run_engine = _engine(engine, engine_options)
     folder = local_folder(output)
-    listing = _without_own(list_inputs(source, split=split), folder)
+    check_apart(source, folder)
+    check_folder(folder, mark=CORPUS_FILE, own=OWN_FOLDERS)
+    listing = list_inputs(source, split=split)
+    check_names(listing)
+    check_columns(listing, options)
     run = {"engine": engine, "options": engine_options, "rank": rank, "world_size": world_size, "num_rows": 0}
     with locked(folder, rank=rank, world_size=world_size):
         _remove_leftovers(folder)
         known = str(predictor) if isinstance(predictor, (str, Path)) else Scorer(predictor)
         open_output(folder, corpus_identity(read_identity(known), options))
         usable = known if isinstance(known, str) else _saved(known, folder, workers=engine_options.get("workers"))
+        run["predictor"] = os.path.abspath(known if isinstance(known, str) else folder / PREDICTOR_FOLDER)
         task = ScoreTask(usable, str(folder), options, checkpoint_seconds)
         changed = changed_files(folder, listing.files)
         if changed:
@@ -136,7 +143,7 @@ def score_corpus(
     return ScoredCorpus(folder)
 
 
-def _options(*, text_column: str, format: str, columns: tuple[str, ...], max_chars: int, only: str | Path | None) -> ScoreOptions:
+def _options(*, text_column: str, format: str, columns: Sequence[str], max_chars: int, only: str | Path | None) -> ScoreOptions:
     check_choice("format", format, ("auto", *FORMATS))
     check_count("max_chars", max_chars)
     if text_column != "text" and format not in ("auto", "text"):
@@ -145,6 +152,9 @@ def _options(*, text_column: str, format: str, columns: tuple[str, ...], max_cha
             "format='text' or 'auto'",
             "leave out one of the two.",
         )
+    if isinstance(columns, str):
+        raise InputTypeError(f"columns={columns!r} is one string.", "a list of names", f"pass columns=[{columns!r}].")
+    columns = tuple(columns)
     taken = [name for name in columns if is_own(name) or columns.count(name) > 1]
     if taken:
         raise InputError(
@@ -170,30 +180,6 @@ def _engine(name: str, options: dict[str, Any]) -> Callable[..., Iterator[ShardR
                 "leave it out, or correct its name.",
             )
     return run_engine
-
-
-def _without_own(listing: Listing, output: Path) -> Listing:
-    """Leave out what earlier runs wrote, where the output folder is below the source."""
-    own = tuple(f"{output.resolve() / name}{os.sep}" for name in OWN_FOLDERS)
-    kept = [file for file in listing.files if "://" in file.url or not os.path.realpath(file.url).startswith(own)]
-    urls: dict[str, str] = {}
-    for file in kept:
-        other = urls.setdefault(output_name(file.name), file.url)
-        if other != file.url:
-            raise InputError(
-                f"the scores of {file.url} and {other} would have the same name.",
-                "files whose paths differ in more than the protocol and the ending .parquet",
-                "rename one of them, or score them into two folders.",
-            )
-    for name, url in urls.items():
-        above = next((parent.as_posix() for parent in PurePosixPath(name).parents if parent.as_posix() in urls), None)
-        if above is not None:
-            raise InputError(
-                f"the scores of {url} would be in a folder with the name of those of {urls[above]}.",
-                "no file named as the folder of another",
-                "rename one of them, or score them into two folders.",
-            )
-    return Listing(kept, listing.failed, listing.num_ignored + len(listing.files) - len(kept))
 
 
 def _saved(scorer: Scorer, output: Path, *, workers: int | None) -> PredictorLike:

@@ -95,4 +95,11 @@ class CorpusSelection:
                 f"the selection {self.folder} holds text_ids only.", "one made with texts=True", "select again with texts=True."
             )
         cache = str(self.folder / ".cache")
-        return datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming, cache_dir=cache)
+        try:
+            return datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming, cache_dir=cache)
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise InputError(
+                f"the chosen rows of {len(files)} files do not fit into one dataset: {error.__cause__ or error}.",
+                "files with the same columns",
+                f"read {self.folder / TEXTS_FOLDER} file by file, or score files of other columns into another folder.",
+            ) from error

@@ -133,7 +133,7 @@ def _expand(location: str, listing: Listing, split: str) -> Iterator[_Found]:
         yield _Found(location, posixpath.dirname(location), filesystem.info(path))
     elif isinstance(filesystem, LocalFileSystem) and os.path.lexists(path) and not os.path.exists(path):
         listing.failed[location] = "a broken symbolic link"
-    elif filesystem.exists(path):
+    elif _exists(filesystem, path, location):
         if filesystem.isdir(path):
             yield from _walk(filesystem, path, listing)
         elif not path.lower().endswith(FILE_ENDINGS):
@@ -144,10 +144,27 @@ def _expand(location: str, listing: Listing, split: str) -> Iterator[_Found]:
             yield _found(filesystem, path, base=posixpath.dirname(path))
     elif any(char in path for char in MAGIC):
         yield from _glob(filesystem, path, listing)
-    elif HUB_NAME.fullmatch(location) and not location.lower().endswith(FILE_ENDINGS):
+    elif _may_be_on_the_hub(location):
         yield from _hub_files(location, split)
     else:
         raise _missing(filesystem, path, location)
+
+
+def _exists(filesystem: fsspec.AbstractFileSystem, path: str, location: str) -> bool:
+    try:
+        return bool(filesystem.exists(path))
+    except Exception as error:  # every file system raises what its own library does
+        raise InputError(
+            f"{location} cannot be reached: {type(error).__name__}: {error}.",
+            ACCEPTED,
+            "check the network and the rights, or name local files.",
+        ) from error
+
+
+def _may_be_on_the_hub(location: str) -> bool:
+    """Whether a name that is no file may be one of the hub; below a folder that is here it is a mistyped path."""
+    is_below = os.path.isdir(location.partition("/")[0])
+    return HUB_NAME.fullmatch(location) is not None and not location.lower().endswith(FILE_ENDINGS) and not is_below
 
 
 def _file_system(location: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -17,6 +17,7 @@ from fsspec.utils import infer_compression
 
 from oracle.sources import JSON_ENDINGS
 from surrogate.scoring.items import (
+    BLOCK_BYTES,
     BLOCK_ROWS,
     MAX_ROW_BYTES,
     READ_BYTES,
@@ -41,7 +42,7 @@ class JsonReader:
         self._lines = _Lines(_unpacked(raw, name))
         self._items = _list_items(self._lines) if _may_be_list(name) and self._lines.begins_with_list() else None
         self._position = 0
-        self._probed = list(self._parse(BLOCK_ROWS))
+        self._probed = self._first_items()
         found = dict.fromkeys(name for item in self._probed if isinstance(item, JsonRow) for name in item.values)
         self.names = list(found)
         self.is_empty = not self._probed
@@ -65,6 +66,16 @@ class JsonReader:
     def close(self) -> None:
         """Close the file."""
         self._raw.close()
+
+    def _first_items(self) -> list[JsonRow | BadRow | BadFile]:
+        """Read the first rows: as many as a block has, fewer where they are long."""
+        items, num_bytes = [], 0
+        for item in self._parse(BLOCK_ROWS):
+            items.append(item)
+            num_bytes += item.num_bytes if isinstance(item, JsonRow) else 0
+            if num_bytes >= BLOCK_BYTES:
+                break
+        return items
 
     def _parse(self, num_rows: int | None, *, first_row: int = 0) -> Iterator[JsonRow | BadRow | BadFile]:
         """Yield the next rows; those before `first_row` are counted and not parsed."""

@@ -76,6 +76,7 @@ class Layout:
         format: text, completion, chat or tokens.
         read_columns: Names of all columns that are read.
         passed_schema: Names and types of the passed-through columns.
+        absent: Columns that were to be passed through and are not there.
     """
 
     def __init__(self, reader: Reader | RowReader, options: ScoreOptions, name: str) -> None:
@@ -100,6 +101,7 @@ class Layout:
         if twice:
             raise InputError(f"{name} has two columns named {twice[0]!r}.", "one column of that name", "rename one.")
         kinds = {path: _find(reader, path) for path in options.columns}
+        self.absent = [path for path, kind in kinds.items() if kind is None]
         self._left_out = {path: reason for path, kind in kinds.items() if (reason := _why_left_out(path, kind))}
         self.passed_schema = pa.schema(
             [pa.field(path, pa.string() if path in self._left_out else kind) for path, kind in kinds.items()]

@@ -26,7 +26,6 @@ from surrogate.scoring.blocks import Block
 from surrogate.scoring.chosen import CHOSEN
 from surrogate.scoring.disk_columns import Column
 from surrogate.scoring.layout import ScoreOptions
-from surrogate.scoring.positions import among
 from surrogate.scoring.rows import read_blocks
 
 ENCODERS = "surrogate.features"
@@ -103,13 +102,13 @@ class NearDuplicates:
                 for block in read_blocks(scored.input_of(scored.files[number]), options):
                     if not isinstance(block, Block):
                         continue
-                    here, texts, text_of_row = _wanted_texts(block, wanted)
-                    if not len(here):
+                    block = block.only(wanted)
+                    if not len(block.positions):
                         continue
-                    found = encoder.encode(texts)
+                    here, found = np.searchsorted(wanted, block.positions), encoder.encode(block.texts)
                     if vectors is None:
                         vectors = np.zeros((len(records), found.shape[1]), dtype=np.float32)
-                    vectors[rows[here]] = found[text_of_row]
+                    vectors[rows[here]] = found[block.text_of_row]
                     num_found += len(here)
                     tracker.advance(len(here))
         if vectors is None or num_found < len(records):
@@ -150,10 +149,3 @@ def distinct_rows(vectors: np.ndarray, max_similarity: float) -> np.ndarray:
             num_kept += len(chosen)
             tracker.advance(len(block))
     return stays
-
-
-def _wanted_texts(block: Block, wanted: np.ndarray) -> tuple[np.ndarray, Any, np.ndarray]:
-    """Return which of the wanted positions a block has, their different texts, and the text of each."""
-    of_block = among(block.positions, wanted)
-    texts, text_of_row = np.unique(block.text_of_row[of_block], return_inverse=True)
-    return np.searchsorted(wanted, block.positions[of_block]), block.texts.select(texts), text_of_row

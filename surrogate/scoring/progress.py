@@ -21,9 +21,12 @@ class ScoringProgress:
         self.done_bytes, self.open_rows = 0.0, 0
         self._interval_seconds, self._ending = interval_seconds, ending
         self._start_seconds = self._shown_seconds = time.monotonic()
+        self._first_rows = 0  # those of the first block, before which models were loaded
 
     def add_rows(self, num_rows: int) -> None:
         """Count rows of a shard that goes on."""
+        if not self.num_rows:
+            self._first_rows, self._start_seconds = num_rows, time.monotonic()
         self.num_rows += num_rows
         self.open_rows += num_rows
         self._show()
@@ -37,14 +40,14 @@ class ScoringProgress:
 
     @property
     def rate(self) -> float:
-        """Rows per second so far."""
-        return self.num_rows / max(1e-9, time.monotonic() - self._start_seconds)
+        """Rows per second since the first block was done."""
+        return (self.num_rows - self._first_rows) / max(1e-9, time.monotonic() - self._start_seconds)
 
     @property
     def left_seconds(self) -> float | None:
         """Seconds left, by the bytes of rows so far; None before the first shard is done."""
         closed_rows = self.num_rows - self.open_rows
-        if closed_rows <= 0 or not self.done_bytes:
+        if closed_rows <= 0 or not self.done_bytes or not self.rate:
             return None
         bytes_per_row = self.done_bytes / closed_rows
         left_rows = max(0.0, (self.total_bytes - self.done_bytes) / bytes_per_row - self.open_rows)

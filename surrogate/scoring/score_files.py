@@ -71,15 +71,10 @@ def score_column(target: str) -> str:
     return SCORE_PREFIX + target
 
 
-def spread_column(target: str) -> str:
-    """Return the name of the column with the spread of the scores of a target."""
-    return SPREAD_PREFIX + target
-
-
 def value_columns(target_names: Sequence[str], *, has_spread: bool) -> list[str]:
     """Return the names of all score and spread columns, in the file's order."""
     scores = [score_column(name) for name in target_names]
-    return scores + ([spread_column(name) for name in target_names] if has_spread else [])
+    return scores + ([SPREAD_PREFIX + name for name in target_names] if has_spread else [])
 
 
 def score_schema(header: ScoreHeader, passed: pa.Schema | None = None) -> pa.Schema:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from oracle.artifacts import read_json
-from oracle.errors import InputError, MismatchError, closest
+from oracle.errors import InputError, MismatchError, MissingFileError, closest
 from oracle.texts import list_text_ids
 from surrogate.scores import Scores
 from surrogate.scoring.files import InputFile, list_inputs
@@ -94,6 +94,9 @@ class ScoredCorpus:
 
     def __len__(self) -> int:
         return self.num_rows
+
+    def __repr__(self) -> str:
+        return f"ScoredCorpus({self.num_rows} rows of {len(self.files)} files, targets={self.target_names}, {str(self.folder)!r})"
 
     def batches(self, columns: Sequence[str] | None = None, *, batch_rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
         """Yield all scored rows in the order of files and rows.
@@ -220,8 +223,16 @@ class ScoredCorpus:
 
         Raises:
             MismatchError: The input changed since it was scored.
+            MissingFileError: It is gone.
         """
-        (found,) = list_inputs(url or file.url).files
+        try:
+            (found,) = list_inputs(url or file.url).files
+        except MissingFileError as error:
+            raise MissingFileError(
+                f"the input {url or file.url} is not there any more.",
+                "the files from which the corpus was scored",
+                "put it back, score again from where it is now, or do without the texts (no write_texts, no near-duplicates).",
+            ) from error
         if url is None and found.stamp != file.stamp:
             raise MismatchError(
                 f"{file.url} changed since it was scored.", "the file as it was scored", "score the corpus again."

@@ -76,11 +76,6 @@ class Scorer:
         self.flops = 0.0
         self.seconds = {"prepare": 0.0, "encode": 0.0, "predict": 0.0}
 
-    @property
-    def num_values(self) -> int:
-        """Columns that `score` returns: C, or 2C with spreads."""
-        return len(self.identity.target_names) * (1 + self.identity.has_spread)
-
     def prepare(self, texts: Dataset) -> list[Any]:
         """Tokenise texts for the encoders that can do so beforehand; another thread may encode meanwhile."""
         start_seconds = time.perf_counter()
@@ -99,7 +94,8 @@ class Scorer:
             (U, C) float32 scores, or (U, 2C) scores and spreads, NaN where there is none; and for each text why it has
             none, or nothing.
         """
-        values = np.full((len(texts), self.num_values), np.nan, dtype=np.float32)
+        num_values = len(self.identity.target_names) * (1 + self.identity.has_spread)
+        values = np.full((len(texts), num_values), np.nan, dtype=np.float32)
         reasons = [""] * len(texts)
         if not len(texts):
             return values, reasons

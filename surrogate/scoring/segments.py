@@ -34,6 +34,7 @@ from surrogate.scoring.items import BadRow
 from surrogate.scoring.score_files import ScoreWriter
 
 PARTIAL_FOLDER = ".partial"
+MAX_ERRORS = 20
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Counts:
         num_scored: Rows with a score.
         bad_reasons: How many rows have none, by reason.
         num_cut: Rows whose text was longer than the bound, scored by its beginning.
-        errors: What could not be read of the file.
+        errors: What could not be read of the file; the first of it, for a file may have a fault in every row group.
         notes: How many values of passed-through columns were left empty, by reason.
         may_pass: Whether another attempt may read what this one could not.
         seconds: Seconds by kind of work.
@@ -73,7 +74,7 @@ class Counts:
         self.notes = dict(Counter(self.notes) + Counter(other.notes))
         for kind, seconds in other.seconds.items():
             self.seconds[kind] = self.seconds.get(kind, 0.0) + seconds
-        self.errors += [error for error in other.errors if error not in self.errors]
+        self.errors = list(dict.fromkeys([*self.errors, *other.errors]))[:MAX_ERRORS]
 
 
 @dataclass

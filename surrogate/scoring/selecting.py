@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def select_corpus(
-    scored: CorpusLike,
+    scored: CorpusLike | str | Path,
     output: str | Path,
     *,
     budget: Budget | None = None,
@@ -52,7 +52,7 @@ def select_corpus(
     allow_low_fidelity: bool = False,
     exclude: Iterable[str] = (),
     seed: int = 0,
-    near_duplicates: NearDuplicates | None = None,
+    near_duplicates: NearDuplicates | float | None = None,
     texts: bool = False,
     allow_incomplete: bool = False,
     **options: Any,
@@ -60,7 +60,7 @@ def select_corpus(
     """Choose texts from a scored corpus without loading its scores.
 
     Args:
-        scored: What `score_corpus` returned, or `ScoredCorpus(folder)`.
+        scored: What `score_corpus` returned, or its folder.
         output: Folder for the selection. A finished one of the same options and scores is returned as it is.
         budget: What may be kept; None with `min_score` keeps all that reach it.
         rule: top, top_share, softmax or random; with its options they choose what `surrogate.select` chooses.
@@ -72,8 +72,9 @@ def select_corpus(
         allow_low_fidelity: Go on where that check fails.
         exclude: text_ids that must not be chosen.
         seed: Seed of rules with chance.
-        near_duplicates: How near-duplicates among the chosen are told (`NearDuplicates`); the worse one is dropped and not
-            made up for, so that fewer texts may be kept than the budget allows. None compares nothing.
+        near_duplicates: How near-duplicates among the chosen are told (`NearDuplicates`), or the largest cosine that two may
+            have; the worse one is dropped and not made up for, so that fewer texts may be kept than the budget allows. None
+            compares nothing.
         texts: Also write the chosen rows of the inputs.
         allow_incomplete: Select from what is scored so far where files of the source are missing.
         options: Options of the rule, if it is given by name.
@@ -92,6 +93,7 @@ def select_corpus(
         >>> chosen = select_corpus(ScoredCorpus("scored"), "chosen", budget=Budget(fraction=0.1))   # doctest: +SKIP
         >>> chosen.text_ids[:3]                                                                    # doctest: +SKIP
     """
+    scored = ScoredCorpus(scored) if isinstance(scored, (str, Path)) else scored
     wanted = _Wanted(
         make_rule(rule, options),
         budget=_checked(budget, min_score),
@@ -100,7 +102,7 @@ def select_corpus(
         seed=seed,
         labels=labels,
         exclude=sorted(set(exclude)),
-        near_duplicates=near_duplicates,
+        near_duplicates=_told_by(near_duplicates),
         texts=texts,
     )
     check_streamed(wanted.rule)
@@ -173,9 +175,9 @@ def _select_into(folder: Path, scored: CorpusLike, wanted: _Wanted, *, scratch: 
     )
     if not pool.num_rows:
         raise InputError(
-            f"no text may be chosen: {pool.num_pool} are scored, all of them excluded.",
+            f"no text may be chosen: {pool.num_pool} are scored{', all of them excluded' if pool.num_pool else ''}.",
             "a corpus with texts that are not excluded",
-            "exclude less.",
+            "exclude less." if pool.num_pool else "score a corpus that has texts.",
         )
     Combination.of(wanted.how, target_names=all_names, weights=wanted.weights)  # refuses weights beside a target's name
     way = Combination.of(wanted.how, target_names=names, weights=wanted.weights)
@@ -264,6 +266,12 @@ def _limit(budget: Budget, pool: DiskPool, candidates: tuple[int, int, int], *, 
         num_pool=pool.num_pool,
         at_most=at_most,
     )
+
+
+def _told_by(given: NearDuplicates | float | None) -> NearDuplicates | None:
+    from surrogate.scoring.near_duplicates import NearDuplicates
+
+    return NearDuplicates(max_similarity=given) if isinstance(given, (int, float)) else given
 
 
 def _checked(budget: Budget | None, min_score: float | None) -> Budget | None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +43,8 @@ from surrogate.scoring.rows import read_blocks
 from surrogate.scoring.score_files import score_schema
 from surrogate.scoring.scorer import PredictorLike, Scorer, WorkClock, load_scorer, one_thread, read_identity
 from surrogate.scoring.segments import Counts, Segment, SegmentFolder, SegmentWriter, size_of, write_placed
+
+Prepared: TypeAlias = Generator[tuple[Layout | Block | BadFile, Any], None, None]
 
 CHECKPOINT_SECONDS = 60.0  # what a killed worker loses at most
 
@@ -215,8 +217,7 @@ class _Work:
                     schema = self._schema(item)
                 writer = writer or SegmentWriter(self.output, self._next_row, schema)
                 if isinstance(item, BadFile):
-                    writer.counts.errors.append(item.reason)
-                    writer.counts.may_pass |= item.may_pass
+                    writer.counts.add(Counts(errors=[item.reason], may_pass=item.may_pass))
                 elif isinstance(item, Block):
                     self._write(item, prepared, writer, clock)
                     self._next_row = item.next_row
@@ -236,7 +237,7 @@ class _Work:
                 writer.abandon()
             raise
 
-    def _prepared(self, first_row: int, num_rows: int | None, clock: WorkClock) -> Iterator[tuple[Layout | Block | BadFile, Any]]:
+    def _prepared(self, first_row: int, num_rows: int | None, clock: WorkClock) -> Prepared:
         """Read and tokenise; this runs in another thread."""
         blocks = read_blocks(self.file, self.options, first_row=first_row, num_rows=num_rows)
         wanted = read_positions(self.options.only, self.file.name) if self.options.only else None

@@ -26,24 +26,21 @@ from surrogate.scoring.shard import ScoreTask, Shard
 LOST_DRIVER = 3  # exit code
 
 
-def task_as_dict(task: ScoreTask) -> dict[str, Any]:
-    """Return a task, whose predictor is a folder, as JSON-able values."""
-    return dataclasses.asdict(dataclasses.replace(task, predictor=str(task.predictor)))
+def as_line(value: ScoreTask | Shard) -> bytes:
+    """Return a task, whose predictor is a folder, or a shard as a line of JSON."""
+    return json.dumps(dataclasses.asdict(value), default=str).encode() + b"\n"
 
 
-def shard_as_dict(shard: Shard) -> dict[str, Any]:
-    """Return a shard as JSON-able values."""
-    return dataclasses.asdict(shard)
-
-
-def task_from_dict(stored: dict[str, Any]) -> ScoreTask:
-    """Return what `task_as_dict` returned as a task again."""
+def task_of_line(line: str) -> ScoreTask:
+    """Return the task of a line."""
+    stored = json.loads(line)
     options = {**stored["options"], "columns": tuple(stored["options"]["columns"])}
     return ScoreTask(**{**stored, "options": ScoreOptions(**options)})
 
 
-def shard_from_dict(stored: dict[str, Any]) -> Shard:
-    """Return what `shard_as_dict` returned as a shard again."""
+def shard_of_line(line: str) -> Shard:
+    """Return the shard of a line."""
+    stored = json.loads(line)
     return Shard(**{**stored, "file": InputFile(**stored["file"])})
 
 
@@ -73,11 +70,10 @@ def serve(send: Callable[[dict[str, Any]], None], lines: SimpleQueue[str]) -> No
         send: Sends an answer: `{"rows": n}` while a shard goes on, then its report or an error.
         lines: The task, then shards; an empty line ends.
     """
-    task = task_from_dict(json.loads(lines.get()))
+    task = task_of_line(lines.get())
     with ThreadPoolExecutor(1) as executor:
         while line := lines.get():
-            shard = shard_from_dict(json.loads(line))
-            scoring = executor.submit(task.score, shard, lambda num_rows: send({"rows": num_rows}))
+            scoring = executor.submit(task.score, shard_of_line(line), lambda num_rows: send({"rows": num_rows}))
             error = scoring.exception()  # whatever it is, the driver decides what becomes of it
             if error is not None:
                 sys.stderr.writelines(traceback.format_exception(error))

@@ -23,7 +23,7 @@ from surrogate.scoring.attempts import MAX_ATTEMPTS, Attempts, Job
 from surrogate.scoring.outputs import ShardReport
 from surrogate.scoring.scorer import PREDICTOR_FILE
 from surrogate.scoring.shard import ScoreTask, Shard
-from surrogate.scoring.worker import raise_refusal, shard_as_dict, task_as_dict
+from surrogate.scoring.worker import as_line, raise_refusal
 
 WAIT_SECONDS = 10.0
 WORKER_COMMAND = (sys.executable, "-m", "surrogate.scoring.worker")
@@ -99,12 +99,12 @@ class _Worker:
         )
         self.job: Job | None = None
         self._unread = b""
-        self._tell(task_as_dict(task))
+        self._tell(task)
 
     def begin(self, job: Job) -> None:
         """Hand out a job."""
         self.job = job
-        self._tell(shard_as_dict(job.shard))
+        self._tell(job.shard)
 
     def answers(self) -> list[dict[str, Any]] | None:
         """Return the answers that have come; None at the end of the process."""
@@ -125,10 +125,10 @@ class _Worker:
                 pipe.close()
         self.process.wait()
 
-    def _tell(self, value: dict[str, Any]) -> None:
+    def _tell(self, value: ScoreTask | Shard) -> None:
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # it is dead, and its end will be read
-            self.process.stdin.write(json.dumps(value).encode() + b"\n")
+            self.process.stdin.write(as_line(value))
             self.process.stdin.flush()
 
 

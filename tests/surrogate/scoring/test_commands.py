@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import oracle
 import surrogate
-from oracle.errors import InputError, LowFidelityError, MismatchError
+from oracle.errors import InputError, LowFidelityError, MismatchError, MissingFileError
 from oracle.labels import Labels
 from surrogate.cli import app
 from surrogate.features.hashed_ngrams import HashedNgrams
@@ -19,7 +19,7 @@ from surrogate.scoring.corpus import score_corpus
 from surrogate.scoring.scored_corpus import ScoredCorpus
 
 
-def test_the_summary_and_its_exit_code(tmp_path, predictor_folder, make_jsonl):
+def test_the_summary_and_its_exit_code(tmp_path, predictor_folder, make_jsonl, capsys):
     make_jsonl(tmp_path / "in" / "x.jsonl", [{"text": "salt"}])
     options = {"predictor": predictor_folder, "output": tmp_path / "out", "options": ["workers=0"]}
     clean = score_corpus_stage([str(tmp_path / "in")], **options)
@@ -29,6 +29,12 @@ def test_the_summary_and_its_exit_code(tmp_path, predictor_folder, make_jsonl):
     found = score_corpus_stage([str(tmp_path / "in")], **options)
     assert (found["exit_code"], found["num_bad"], list(found["faulty_files"])) == (3, 1, ["z.parquet"])
     assert json.loads(json.dumps(found)) == found
+    assert found["predictor"] == str(predictor_folder) and found["num_ignored"] == 0
+    assert "put aside: 1 rows and 1 files; see" in capsys.readouterr().err
+    (tmp_path / "in" / "x.jsonl").rename(tmp_path / "in" / "x.txt")
+    score_corpus_stage([str(tmp_path / "in")], **options)
+    words = capsys.readouterr().err
+    assert "there was nothing left to do" in words and "1 files that were scored before are not in this source" in words
 
 
 def test_predictor_or_run_and_an_output(tmp_path, predictor_folder):
@@ -76,6 +82,17 @@ def find_ids(corpus):
     return ScoredCorpus(corpus).scores().text_ids
 
 
+def test_near_duplicates_are_told_and_a_moved_input_is_named(corpus, tmp_path, capsys):
+    encoder = "hashed_ngrams:dim=16,word_ngrams=1"
+    found = select_corpus_stage(corpus, tmp_path / "few", {"texts": 20}, max_similarity=0.5, similarity_encoder=encoder)
+    assert f"{20 - found['num_texts']} chosen texts were near-duplicates" in capsys.readouterr().err
+    (tmp_path / "pool").rename(tmp_path / "moved")
+    with pytest.raises(MissingFileError, match=r"the input .*pool/a\.jsonl is not there any more"):
+        select_corpus_stage(corpus, tmp_path / "rows", {"texts": 3}, texts=True)
+    assert not (tmp_path / "rows").exists()
+    assert len(surrogate.select_corpus(corpus, tmp_path / "ids", budget=surrogate.Budget(texts=3))) == 3
+
+
 def test_fidelity_is_that_of_the_predictor_that_made_the_scores(corpus, tmp_path, network_folder, predictor, monkeypatch):
     scored = ScoredCorpus(corpus)
     assert find_fidelity(scored, None).as_dict() == predictor.fidelity_.as_dict()
@@ -87,8 +104,12 @@ def test_fidelity_is_that_of_the_predictor_that_made_the_scores(corpus, tmp_path
     assert select_corpus_stage(corpus, tmp_path / "chosen", {"texts": 3}, allow_low_fidelity=True)["targets_at_chance"] == [
         "math"
     ]
+    predictor.save(tmp_path / "elsewhere")
+    score_corpus(tmp_path / "elsewhere", tmp_path / "pool", corpus, columns=["num_tokens"], workers=0)
     (corpus / "predictor" / "predictor.json").unlink()
-    with pytest.warns(UserWarning, match="fidelity is not checked"):
+    assert find_fidelity(scored, None) is not None  # the manifest says where it was
+    (tmp_path / "elsewhere" / "predictor.json").unlink()
+    with pytest.warns(UserWarning, match=r"fidelity is not checked; give --predictor"):
         assert find_fidelity(scored, None) is None
     predictor.save(tmp_path / "predictors" / "ridge")  # as in a run folder
     assert find_fidelity(scored, None) is not None
@@ -119,6 +140,22 @@ def test_with_a_source_it_is_scored_in_two_passes(folders, make_texts, make_json
         cascade_stage(*folders, source=source, share=0.5, top=0.25)
     told = cascade_stage(*folders, source=source, output=tmp_path / "out", share=0.5, top=0.25, options=["workers=0"])
     assert told["num_scored"] == 10 and told["exit_code"] == 0 and (tmp_path / "out" / "cascade.json").exists()
+    with pytest.raises(InputError, match=r"a cascade that let through 0\.5"):
+        select_corpus_stage(tmp_path / "out", tmp_path / "chosen", {"fraction": 0.6})
+    chosen = select_corpus_stage(tmp_path / "out", tmp_path / "chosen", {"fraction": 0.2}, allow_low_fidelity=True)
+    assert chosen["num_texts"] == 4  # of the 20, not of the 10 that the full predictor saw
+
+
+def test_rows_that_the_first_pass_puts_aside_are_told(folders, make_texts, make_jsonl, tmp_path):
+    make_jsonl(tmp_path / "pool" / "a.jsonl", [*({"text": text} for text in make_texts(20)), {"text": " "}])
+    told = cascade_stage(
+        *folders, source=[str(tmp_path / "pool")], output=tmp_path / "out", share=0.5, top=0.25, options=["workers=0"]
+    )
+    assert told["exit_code"] == 3 and told["first_pass"]["bad_reasons"] == {"empty": 1}
+    with pytest.raises(InputError, match="holds other things: pool, wrong"):
+        (tmp_path / "other" / "pool").mkdir(parents=True)
+        (tmp_path / "other" / "wrong").touch()
+        cascade_stage(*folders, source=[str(tmp_path / "pool")], output=tmp_path / "other", share=0.5, top=0.25)
 
 
 def _run(*arguments):
@@ -145,7 +182,15 @@ def test_a_cascade_needs_the_labels_that_its_recall_is_measured_on(tmp_path, pre
 
 
 @pytest.mark.parametrize(
-    "arguments", [["score"], ["score", "run", "--output", "x"], ["select", "run", "--min-score", "1"], ["select"]]
+    "arguments",
+    [
+        ["score"],
+        ["score", "run", "--output", "x"],
+        ["score", "run", "--text-column", "x"],
+        ["select", "run", "--min-score", "1"],
+        ["select", "run", "--write-texts"],
+        ["select"],
+    ],
 )
 def test_options_of_a_corpus_without_one_are_refused(arguments):
     with pytest.raises(InputError, match="a run folder alone, or a corpus"):

@@ -20,7 +20,7 @@ import zstandard
 from fsspec.implementations.memory import MemoryFileSystem
 
 import oracle
-from oracle.errors import InputError, MismatchError, MissingFileError
+from oracle.errors import InputError, InputTypeError, MismatchError, MissingFileError
 from surrogate.scoring import planning
 from surrogate.scoring.corpus import ChangedInputWarning, score_corpus
 from surrogate.scoring.lock import LockedError, locked
@@ -140,19 +140,43 @@ def test_the_end_of_one_machine_of_an_array_removes_nothing_that_another_may_be_
     assert scored.manifest["complete"] and partial.exists()
 
 
-def test_urls_and_an_output_below_the_source(predictor_folder, tmp_path, make_jsonl):
+def test_urls_are_read_and_an_output_in_the_source_or_among_other_things_is_refused(predictor_folder, tmp_path, make_jsonl):
     with fsspec.open("memory://scoring/x.jsonl.gz", "wb") as file:
         file.write(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
     assert len(score_corpus(predictor_folder, "memory://scoring/*.gz", tmp_path / "urls", **HERE)) == 2
     make_jsonl(tmp_path / "in" / "x.jsonl", [{"text": "one"}])
+    for output in (tmp_path / "in", tmp_path / "in" / "scored"):
+        with pytest.raises(InputError, match="is inside the source"):
+            score_corpus(predictor_folder, tmp_path / "in", output, **HERE)
     for _ in range(2):
-        scored = score_corpus(predictor_folder, tmp_path / "in", tmp_path / "in" / "scored", **HERE)
-    assert [file.name for file in scored.files] == ["x.jsonl"]
+        scored = score_corpus(predictor_folder, tmp_path / "in" / "*.jsonl", tmp_path / "in" / "scored", **HERE)
+    assert [file.name for file in scored.files] == ["x.jsonl"] and "1 rows of 1 files" in repr(scored)
+    with pytest.raises(InputError, match="holds other things: fitted_rows"):
+        score_corpus(predictor_folder, tmp_path / "in" / "*.jsonl", predictor_folder, **HERE)
+
+
+def test_a_column_that_no_file_has_is_refused_before_anything_is_scored(predictor_folder, tmp_path, make_jsonl):
+    rows = {"body": "one", "lang": "en"}
+    for name in ("a", "b"):
+        make_jsonl(tmp_path / "in" / f"{name}.jsonl", [rows])
+    wrong = (
+        ({}, "no column that holds texts"),
+        ({"text_column": "boddy"}, "boddy"),
+        ({"text_column": "body", "columns": ["langg"]}, "no column 'langg' .did you mean 'lang'"),
+        ({"text_column": "body", "columns": "lang"}, "is one string"),
+    )
+    for options, message in wrong:
+        with pytest.raises((InputError, InputTypeError), match=message):
+            score_corpus(predictor_folder, tmp_path / "in", tmp_path / "out", **options, **HERE)
+        assert not (tmp_path / "out").exists()
+    make_jsonl(tmp_path / "in" / "c.jsonl", [{"body": "one"}])
+    scored = score_corpus(predictor_folder, tmp_path / "in", tmp_path / "out", text_column="body", columns=["lang"], **HERE)
+    assert len(scored) == 3
 
 
 def broken_inputs(folder, make_jsonl, make_parquet):
     """More than twenty kinds of broken input beside one good file."""
-    good = [{"text": f"good {number}"} for number in range(3)]
+    good = [{"text": f"good {number}", "kept": number} for number in range(3)]
     lines = "".join(json.dumps(row) + "\n" for row in good * 3000).encode()
     make_jsonl(folder / "good.jsonl", good)
     make_jsonl(
@@ -261,11 +285,11 @@ def test_two_files_whose_scores_would_have_one_name_are_refused(tmp_path, predic
 
 
 class Bucket(MemoryFileSystem):
-    """Objects with entity tags, as in S3; reading one may fail for a while."""
+    """Objects with entity tags, as in S3; only the first bytes of each are read while it is away."""
 
     protocol = "bucket"
     store, pseudo_dirs = {}, [""]
-    num_faults = 0
+    is_away = False
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -284,8 +308,7 @@ class Bucket(MemoryFileSystem):
         return opened
 
     def _read(self, opened, read, *arguments):
-        if opened.tell() > 0 and Bucket.num_faults:
-            Bucket.num_faults -= 1
+        if opened.tell() >= 2**14 and Bucket.is_away:
             raise ConnectionResetError(104, "Connection reset by peer")
         return read(*arguments)
 
@@ -295,18 +318,19 @@ def bucket():
     fsspec.register_implementation("bucket", Bucket, clobber=True)
     Bucket.store.clear()
     yield fsspec.filesystem("bucket")
-    Bucket.num_faults = 0
+    Bucket.is_away = False
 
 
 def test_a_bucket_that_fails_for_a_while_is_read_again_by_the_next_run(tmp_path, predictor_folder, bucket, make_texts):
     lines = "".join(json.dumps({"text": text}) + "\n" for text in make_texts(5_000))
     bucket.pipe("/corpus/a.jsonl", lines.encode())
     bucket.pipe("/corpus/b.jsonl", b'{"text": "salt"}\n')
-    Bucket.num_faults = 1
+    Bucket.is_away = True
     scored = score_corpus(predictor_folder, "bucket://corpus", tmp_path / "out", **HERE)
     files = {entry["name"]: entry for entry in scored.manifest["files"]}
     assert files["a.jsonl"]["status"] == "damaged" and "Connection reset" in files["a.jsonl"]["errors"][0]
     assert files["b.jsonl"]["status"] == "done" and not scored.manifest["clean"]
+    Bucket.is_away = False
     again = score_corpus(predictor_folder, "bucket://corpus", tmp_path / "out", **HERE)
     assert again.manifest["clean"] and len(again) == 5_001
     bucket.pipe("/corpus/b.jsonl", b'{"text": "oven"}\n')  # as large as before

@@ -135,3 +135,20 @@ def test_files_whose_scores_could_have_no_name_are_told(tmp_path):
     assert len(listing.failed) == 2 and sum("longer than" in reason for reason in listing.failed.values()) == 1
     touch(tmp_path / os.fsdecode(b"caf\xe9.jsonl"))
     assert list_inputs(tmp_path).failed == {f"{tmp_path}/caf\\udce9.jsonl": "its name is not valid UTF-8"}
+
+
+def test_a_mistyped_path_below_a_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus" / "good").mkdir(parents=True)
+    monkeypatch.setattr("surrogate.scoring.files._hub_files", lambda *given: pytest.fail("asked the hub"))
+    with pytest.raises(MissingFileError, match="did you mean 'good'"):
+        list_inputs("corpus/god")
+
+
+def test_a_file_system_that_cannot_be_reached_is_named(monkeypatch):
+    def away(self, path, **options):
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.exists", away)
+    with pytest.raises(InputError, match=r"memory://x/y\.jsonl cannot be reached: RuntimeError: no route"):
+        list_inputs("memory://x/y.jsonl")

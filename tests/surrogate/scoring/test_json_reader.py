@@ -133,3 +133,11 @@ def test_reasons_are_few_however_many_lines_are_broken():
 def test_a_list_that_is_nested_too_deeply_ends_the_file_and_raises_nothing():
     first, last = read(b'[{"text": "fine"}, ' + b"[" * 50_000, "x.json")
     assert first.values == {"text": "fine"} and "nested too deeply" in last.reason
+
+
+def test_what_is_looked_at_beforehand_is_bounded_by_bytes_too(monkeypatch):
+    monkeypatch.setattr(json_reader, "BLOCK_BYTES", 10_000)
+    rows = [{"text": f"{number} " + "x" * 1000} for number in range(50)]
+    reader = JsonReader(pa.PythonFile(io.BytesIO(as_bytes(rows)), mode="r"), "x.jsonl")
+    assert len(reader.first_rows()) == 10
+    assert [item.values for item in reader.rows([], first_row=5, num_rows=None)] == rows[5:]

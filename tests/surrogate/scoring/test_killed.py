@@ -103,10 +103,15 @@ def test_workers_that_are_killed_again_and_again_leave_the_same_bytes(tmp_path, 
             killed[-1].kill()
 
     monkeypatch.setattr(ScoringProgress, "add_rows", add_rows)
-    num_runs = 0
+    num_runs, num_workers = 0, 1 if NUM_KILLS < 3 else 2  # each takes seconds to start
     while len(killed) < NUM_KILLS:
         score_corpus(
-            predictor_folder, source, tmp_path / str(num_runs), workers=2, checkpoint_seconds=0.0, max_attempts=NUM_KILLS + 1
+            predictor_folder,
+            source,
+            tmp_path / str(num_runs),
+            workers=num_workers,
+            checkpoint_seconds=0.0,
+            max_attempts=NUM_KILLS + 1,
         )
         assert_as_if_never_killed(tmp_path / str(num_runs), whole)
         num_runs += 1

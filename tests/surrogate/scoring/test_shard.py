@@ -284,3 +284,16 @@ def test_a_segment_that_was_cut_short_is_made_anew(tmp_path, corpus, whole, pred
     rows = []
     task.score(Shard(file), rows.append)
     assert sum(rows) == 9000 and files_of(tmp_path) == files_of(whole)
+
+
+def test_a_file_with_a_fault_in_every_part_has_a_short_report(tmp_path, predictor_folder, make_parquet, make_texts):
+    path = make_parquet(
+        tmp_path / "x.parquet", {"text": make_texts(400)}, row_group_size=10, compression="none", use_dictionary=False
+    )
+    metadata, data = pq.read_metadata(path), bytearray(path.read_bytes())
+    for group in range(1, 40):  # the headers of their pages
+        start = metadata.row_group(group).column(0).data_page_offset
+        data[start : start + 10] = b"\xff" * 10
+    path.write_bytes(data)
+    report = score_shard(Shard(list_inputs(path).files[0]), predictor_folder, tmp_path / "out")
+    assert (report.status, report.counts.num_scored, len(report.counts.errors)) == ("damaged", 10, 20)
