@@ -96,6 +96,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
+            process_group=0,  # Ctrl-C is for the driver, which ends its workers
         )
         self.job: Job | None = None
         self._unread = b""
