@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from oracle.artifacts import fingerprint
-from oracle.errors import InputError, MissingPackageError, check_at_least
+from oracle.errors import InputError, MissingPackageError, check_at_least, check_choice
 from oracle.plugins import option, options_of
 from oracle.texts import plain_strings
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PACKAGED_MODEL = "minilm"
 SPEED_OPTIONS = ("batch_size", "device")
+DTYPES = ("float32", "bfloat16")
 MODEL_FILE_SUFFIXES = (".safetensors", ".bin", ".json", ".txt", ".model")
 OTHER_RUNTIMES = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.msgpack", "*.ot"]
 READ_BYTES = 2**20
@@ -49,6 +50,8 @@ class Sentence:
     Cost:
         One forward pass of the model over at most `max_tokens` tokens: 2 FLOPs per parameter and token.
         MiniLM embeds about 17 texts of 240 tokens a second on one core, 75 when cut to 64.
+        In bfloat16, on a processor that multiplies it (avx512_bf16, amx, any recent GPU), about twice as many, with embeddings
+        of cosine 1.0000 and scores of Spearman 0.9999 with those of float32 (`benchmarks/scoring.py`); slower on others.
     Limit:
         With `max_tokens` at or above a text's length nothing is cut.
     """
@@ -61,6 +64,7 @@ class Sentence:
     max_tokens: int = option(256, "Texts are cut to this many tokens; time is proportional to it.")
     batch_size: int = option(32, "Texts per forward pass; affects speed and memory only.")
     device: str = option("auto", "'auto', 'cpu', 'cuda', 'cuda:1', 'mps'.")
+    dtype: str = option("float32", "'float32', or 'bfloat16', about twice as fast where the processor has it.")
 
     _folder: Path | None = field(default=None, init=False, repr=False, compare=False)
     _module: Any = field(default=None, init=False, repr=False, compare=False)
@@ -69,6 +73,7 @@ class Sentence:
     def __post_init__(self) -> None:
         check_at_least("max_tokens", self.max_tokens, 3)  # two of them mark the beginning and the end
         check_at_least("batch_size", self.batch_size, 1)
+        check_choice("dtype", self.dtype, DTYPES)
         if not self.model:
             raise InputError(
                 "model='' names no model.",
@@ -92,6 +97,8 @@ class Sentence:
         module = self._load()
         if len(texts) == 0:
             return np.zeros((0, module.encode([""]).shape[1]), dtype=np.float32)
+        if self.dtype != "float32":
+            return self.encode_prepared(self.prepare(texts))
         embeddings = module.encode(
             plain_strings(texts),
             batch_size=self.batch_size,
@@ -130,7 +137,7 @@ class Sentence:
         with torch.inference_mode():
             for places, inputs in prepared.batches:
                 embedding = module(batch_to_device(inputs, module.device))["sentence_embedding"][:, : module.truncate_dim]
-                embeddings.append(torch.nn.functional.normalize(embedding, p=2, dim=1).float())
+                embeddings.append(torch.nn.functional.normalize(embedding.float(), p=2, dim=1))
                 rows.append(places)
         features = np.empty((prepared.num_texts, embeddings[0].shape[1]), dtype=np.float32)
         features[np.concatenate(rows)] = torch.cat(embeddings).cpu().numpy()  # one transfer for all batches
@@ -139,13 +146,16 @@ class Sentence:
     def key(self) -> str:
         """Return a folder-safe name for the encoder and its options; a local folder counts by its content."""
         options = {name: value for name, value in options_of(self).items() if name not in SPEED_OPTIONS}
+        if self.dtype == "float32":
+            del options["dtype"]
         if Path(self.model).is_dir():
             options["model"] = self._content_hash()
         return f"{self.plugin_name}-{fingerprint(options)}"
 
     def fingerprint(self) -> str:
         """Return what the embeddings depend on: the content of the model's files and the truncation length."""
-        return fingerprint({"model_files": self._content_hash(), "max_tokens": self.max_tokens})
+        dtype = {} if self.dtype == "float32" else {"dtype": self.dtype}
+        return fingerprint({"model_files": self._content_hash(), "max_tokens": self.max_tokens, **dtype})
 
     def flops(self, texts: Dataset) -> float:
         """Return 2 FLOPs per token and parameter; embedding tables are looked up and do not count."""
@@ -179,6 +189,8 @@ class Sentence:
                 "lower max_tokens, or choose a model that reads longer texts.",
             )
         module.max_seq_length = self.max_tokens
+        if self.dtype == "bfloat16":
+            module = module.bfloat16()
         self._module = module
         return module
 

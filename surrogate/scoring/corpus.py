@@ -27,8 +27,16 @@ from surrogate.scoring.files import CorpusSource, list_inputs
 from surrogate.scoring.layout import ScoreOptions
 from surrogate.scoring.lock import locked
 from surrogate.scoring.manifest import changed_files, write_manifest
-from surrogate.scoring.outputs import CORPUS_FILE, ShardReport, corpus_identity, finished_report, local_folder, open_output
-from surrogate.scoring.planning import plan_shards
+from surrogate.scoring.outputs import (
+    CORPUS_FILE,
+    MANIFEST_FILE,
+    ShardReport,
+    corpus_identity,
+    finished_report,
+    local_folder,
+    open_output,
+)
+from surrogate.scoring.planning import ROWS_FILE, plan_shards
 from surrogate.scoring.positions import positions_fingerprint
 from surrogate.scoring.progress import scoring_progress
 from surrogate.scoring.score_files import is_own
@@ -111,7 +119,7 @@ def score_corpus(
     run_engine = _engine(engine, engine_options)
     folder = local_folder(output)
     check_apart(source, folder)
-    check_folder(folder, mark=CORPUS_FILE, own=OWN_FOLDERS)
+    check_folder(folder, mark=CORPUS_FILE, own=(*OWN_FOLDERS, MANIFEST_FILE, ROWS_FILE))
     listing = list_inputs(source, split=split)
     check_names(listing)
     check_columns(listing, options)
