@@ -98,10 +98,11 @@ def test_a_cluster_of_its_own_does_what_is_missing_gives_the_local_bytes_and_is_
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / "ray" / kept)
     for path in sorted((tmp_path / "ray" / "reports").iterdir())[:5]:
         path.unlink()
+    variables = {name: os.environ.get(name) for name in OWN_CLUSTER}
     scored = score_corpus(predictor_folder, source, tmp_path / "ray", engine="ray", workers=1)
     assert score_bytes(tmp_path / "ray") == score_bytes(tmp_path / "local") and scored.manifest["clean"]
     assert scored.manifest["runs"][-1]["num_rows"] == 5 * NUM_ROWS
-    assert not ray.is_initialized() and not set(OWN_CLUSTER) & set(os.environ)
+    assert not ray.is_initialized() and {name: os.environ.get(name) for name in OWN_CLUSTER} == variables
 
 
 def test_dead_workers_a_lost_node_and_a_poisoned_file_are_survived(predictor_folder, source, tmp_path, two_nodes):
