@@ -9,8 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -140,8 +139,10 @@ def _on_two_nodes(predictor: Path, source: Path, output: Path) -> Any:
     import ray
     from ray.cluster_utils import Cluster
 
+    from surrogate.scoring.engines.ray import own_variables
+
     small = {"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES}
-    with _own_cluster():
+    with own_variables():
         cluster = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
         try:
             cluster.add_node(**small)
@@ -151,23 +152,6 @@ def _on_two_nodes(predictor: Path, source: Path, output: Path) -> Any:
         finally:
             cluster.shutdown()
     return scored
-
-
-@contextmanager
-def _own_cluster() -> Iterator[None]:
-    """Set what the engine sets where it starts a cluster itself: no token in the home folder, nothing sent."""
-    from surrogate.scoring.engines.ray import OWN_CLUSTER
-
-    before = {name: os.environ.get(name) for name in OWN_CLUSTER}
-    os.environ.update(OWN_CLUSTER)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _digests(output: Path) -> dict[str, str]:

@@ -180,7 +180,7 @@ class InfluencePredictor:
 
         Args:
             texts: Anything `read_texts` takes; or an iterator of strings or dicts, such as a generator or a streamed
-                dataset, of which only the scores are kept. Repeated texts are scored once.
+                dataset, of which only the scores are kept. Of a repeated text the first row is kept.
 
         Returns:
             Scores: an (N, C) float32 array in label units that knows its text_ids and target names.
@@ -197,7 +197,18 @@ class InfluencePredictor:
         return Scores(values, text_ids=list_text_ids(dataset), target_names=self.target_names_)
 
     def predict_stream(self, texts: Iterable[str | Mapping[str, Any]], **options: Any) -> Iterator[Scores]:
-        """Yield Scores (B, C) of a stream of texts, block by block; see `surrogate.scoring.stream_scores`."""
+        """Score a stream of texts, which may be endless, without holding more than a block of it.
+
+        Args:
+            texts: Strings or dicts, as `read_texts` takes them.
+            **options: `text_column`, `format` and `batch_rows` of `surrogate.scoring.stream_scores`.
+
+        Returns:
+            An iterator over Scores (B, C) in label units, block by block in the order of the stream.
+
+        Raises:
+            InputError: The predictor has not been fitted, or no column fits.
+        """
         from surrogate.scoring.batch import stream_scores
 
         self._require_fitted()

@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
-from oracle.errors import InputError, closest
+from oracle.errors import InputError, check_count, closest
 from surrogate.scoring.files import CorpusSource, Listing
 from surrogate.scoring.items import BadFile
 from surrogate.scoring.json_reader import JsonReader
@@ -15,6 +15,14 @@ from surrogate.scoring.outputs import output_name
 from surrogate.scoring.readers import open_reader
 
 FILES_LOOKED_INTO = 20
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    """Refuse the number of a machine that is not one of an array's."""
+    check_count("world_size", world_size)
+    check_count("rank", rank, minimum=0)
+    if rank >= world_size:
+        raise InputError(f"rank={rank} with world_size={world_size}.", "a rank from 0 to world_size - 1", "count ranks from 0.")
 
 
 def check_apart(source: CorpusSource, output: Path) -> None:
@@ -68,7 +76,8 @@ def check_columns(listing: Listing, options: ScoreOptions) -> None:
             return
     if refusals and absent is None:
         raise refusals[0]
-    for name in sorted(absent or ()):
+    if absent:
+        name = min(absent)
         raise InputError(
             f"the first {min(len(listing.files), FILES_LOOKED_INTO)} files have no column {name!r}{closest(name, names)}.",
             ", ".join(dict.fromkeys(names)),

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from oracle import plugins
 from oracle.errors import InputError, InputTypeError, check_choice, check_count, closest
 from oracle.text_formats import FORMATS
-from surrogate.scoring.checks import check_apart, check_columns, check_folder, check_names
+from surrogate.scoring.checks import check_apart, check_columns, check_folder, check_names, check_rank
 from surrogate.scoring.files import CorpusSource, list_inputs
 from surrogate.scoring.layout import ScoreOptions
 from surrogate.scoring.lock import locked
@@ -111,10 +111,7 @@ def score_corpus(
         >>> scored = surrogate.score_corpus("runs/demo/predictors/trees", "pool/*.parquet", "scored")  # doctest: +SKIP
         >>> scored.manifest["num_scored"], scored.manifest["num_bad"]                                  # doctest: +SKIP
     """
-    check_count("world_size", world_size)
-    check_count("rank", rank, minimum=0)
-    if rank >= world_size:
-        raise InputError(f"rank={rank} with world_size={world_size}.", "a rank from 0 to world_size - 1", "count ranks from 0.")
+    check_rank(rank, world_size)
     options = _options(text_column=text_column, format=format, columns=columns, max_chars=max_chars, only=only)
     run_engine = _engine(engine, engine_options)
     folder = local_folder(output)
@@ -131,8 +128,7 @@ def score_corpus(
         usable = known if isinstance(known, str) else _saved(known, folder, workers=engine_options.get("workers"))
         run["predictor"] = os.path.abspath(known if isinstance(known, str) else folder / PREDICTOR_FOLDER)
         task = ScoreTask(usable, str(folder), options, checkpoint_seconds)
-        changed = changed_files(folder, listing.files)
-        if changed:
+        if changed := changed_files(folder, listing.files):
             message = f"{len(changed)} files changed and are scored anew, first {changed[0]}"
             warnings.warn(message, ChangedInputWarning, stacklevel=2)
         start_seconds = time.perf_counter()

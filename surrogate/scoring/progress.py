@@ -55,8 +55,9 @@ class ScoringProgress:
 
     def line(self) -> str:
         """Return what is shown."""
+        rate = f", {self.rate:,.1f} rows/s" if self.rate else ""
         left = "" if self.left_seconds is None else f", {self.left_seconds:.0f} s left"
-        return f"scoring: {self.num_rows:,} rows, {self.rate:,.1f} rows/s, {self.num_done}/{self.num_shards} shards{left}"
+        return f"scoring: {self.num_rows:,} rows{rate}, {self.num_done}/{self.num_shards} shards{left}"
 
     def _show(self) -> None:
         now_seconds = time.monotonic()

@@ -27,7 +27,7 @@ from surrogate.scoring.worker import describe_error, raise_refusal
 
 QUEUED_PER_SLOT = 2  # tasks handed out beyond those that run, so that no worker waits for the driver
 OBJECT_STORE_BYTES = 2**27  # reports are small
-OWN_CLUSTER = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}  # no token in the home folder, nothing sent
+OWN_CLUSTER = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def run(
@@ -171,9 +171,7 @@ def _cluster(address: str | None, workers: int | None, gpus_per_task: float) -> 
 
 def _start(ray: Any, workers: int | None) -> None:
     """Start a cluster of this machine alone, whatever other ones run on it."""
-    before = {name: os.environ.get(name) for name in OWN_CLUSTER}
-    os.environ.update(OWN_CLUSTER)
-    try:
+    with own_variables():
         ray.init(
             address="local",
             num_cpus=workers or len(os.sched_getaffinity(0)),
@@ -181,6 +179,15 @@ def _start(ray: Any, workers: int | None) -> None:
             log_to_driver=False,
             object_store_memory=OBJECT_STORE_BYTES,
         )
+
+
+@contextmanager
+def own_variables() -> Iterator[None]:
+    """Set the variables of a cluster of one's own for a while: no token in the home folder, nothing sent."""
+    before = {name: os.environ.get(name) for name in OWN_CLUSTER}
+    os.environ.update(OWN_CLUSTER)
+    try:
+        yield
     finally:
         for name, value in before.items():
             if value is None:

@@ -13,7 +13,7 @@ def test_the_time_left_goes_by_bytes(monkeypatch):
     assert counting.left_seconds is None
     now[0] = 10.0
     counting.add_rows(10)  # whatever came before, such as loading a model, says nothing of what is to come
-    assert counting.rate == 0.0
+    assert counting.rate == 0.0 and counting.line() == "scoring: 10 rows, 0/4 shards"
     now[0] = 18.0
     counting.add_rows(40)
     counting.add_shard(250.0, 50)

@@ -20,7 +20,7 @@ from surrogate.scoring.shard import ScoreTask, Shard
 ray = pytest.importorskip("ray")
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
-from surrogate.scoring.engines.ray import OWN_CLUSTER, run  # noqa: E402
+from surrogate.scoring.engines.ray import OWN_CLUSTER, own_variables, run  # noqa: E402
 
 NUM_FILES, NUM_ROWS = 8, 20
 
@@ -38,22 +38,19 @@ def two_nodes():
     """A cluster of two nodes with one CPU each, which the caller has joined."""
     from ray.cluster_utils import Cluster
 
-    before = {name: os.environ.get(name) for name in OWN_CLUSTER}
-    os.environ.update(OWN_CLUSTER)
     small = {"num_cpus": 1, "object_store_memory": 2**27}
-    cluster = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
-    second = cluster.add_node(**small)
-    ray.init(address=cluster.address, log_to_driver=False)
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    for node in (cluster.head_node, second):  # a busy machine may take long to start the first worker
-        there = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
-        ray.get(ray.remote(lambda: os.getpid()).options(num_cpus=1, scheduling_strategy=there).remote())
-    yield cluster, second
-    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-    ray.shutdown()
-    cluster.shutdown()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+    with own_variables():
+        cluster = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
+        second = cluster.add_node(**small)
+        ray.init(address=cluster.address, log_to_driver=False)
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        for node in (cluster.head_node, second):  # a busy machine may take long to start the first worker
+            there = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+            ray.get(ray.remote(lambda: os.getpid()).options(num_cpus=1, scheduling_strategy=there).remote())
+        yield cluster, second
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def score_bytes(folder):
