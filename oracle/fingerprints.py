@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from oracle.artifacts import fingerprint
 from oracle.checkpoints import describe_groups
+from oracle.wrappers import whole_tensors
 
 STEP_NEUTRAL_KEYS = ("foreach", "fused", "capturable", "differentiable", "initial_lr", "param_names")  # no step depends on them
 LOSS_NEUTRAL_CONFIG_KEYS = (  # no loss at given weights depends on them, or another part of the identity has them
@@ -50,7 +51,7 @@ def model_fingerprint(module: nn.Module, optimizer: torch.optim.Optimizer | None
     but not `STEP_NEUTRAL_KEYS`.
     """
     digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
+    for name, tensor in whole_tensors(module):
         _hash_tensor(digest, name, tensor)
     if optimizer is not None:
         names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}

@@ -15,7 +15,7 @@ from oracle.language_model import LanguageModel
 from oracle.methods import Needs, needs_of
 from oracle.targets import TargetSet, read_targets
 from oracle.texts import list_text_ids, read_texts, text_format
-from oracle.wrappers import check_whole
+from oracle.wrappers import check_undivided, check_whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,6 +86,8 @@ def read_task(
         )
     if lm is not None:
         check_whole(lm.module)
+        if needs.gradients:
+            check_undivided(lm.module, needed_by=method.plugin_name)
     if needs.targets != (targets is not None) or (max_texts is not None and not needs.targets):
         raise InputError(
             f"{method.plugin_name} needs target sets, and there are none."

@@ -24,7 +24,7 @@ from oracle.fingerprints import model_fingerprint, tokenizer_fingerprint
 from oracle.packing import keeps_texts_apart, pack_batches
 from oracle.snapshot import Snapshot, restore_snapshot, restore_weights, take_snapshot
 from oracle.texts import read_texts
-from oracle.wrappers import check_whole
+from oracle.wrappers import check_whole, devices_of_map, entrance
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,7 +44,8 @@ class LanguageModel:
             `grad_dot` takes its second moments from it.
         max_tokens: Longer texts are truncated or refused; None means 512, or the model's context if that is shorter.
         device: "auto" keeps a module that has an optimiser or is on an accelerator where it is, and
-            otherwise takes CUDA where there is one; or any torch device.
+            otherwise takes CUDA where there is one; or any torch device. A module that `device_map` spreads over
+            several devices stays there, and serves methods without gradients.
         too_long: What happens to texts longer than `max_tokens`: "truncate" (counted) or "refuse".
         packing: Let several texts share a row of a batch, each as if it stood alone (`oracle.packing`). It pays where texts
             that are batched together have very different lengths, as in a small sample or target set; the texts of a
@@ -87,8 +88,11 @@ class LanguageModel:
         self.too_long, self.packing, self._keeps_texts_apart = too_long, packing, False
         self._held: Snapshot | None = None  # what `preserved` puts back, while its block runs
         self.batch_tokens: int | None = None
-        self.device = _choose_device(module, optimizer, device)
-        module.to(self.device)
+        if devices_of_map(module):
+            self.device = entrance(module)
+        else:
+            self.device = _choose_device(module, optimizer, device)
+            module.to(self.device)
         if optimizer is not None:
             place_state(optimizer)
         self._check_fit()

@@ -23,16 +23,13 @@ def build_module(kind: str, **options: Any) -> torch.nn.Module:
     configs = {
         "neox": lambda: tf.GPTNeoXConfig(**sizes, intermediate_size=64, **common),
         "gpt2": lambda: tf.GPT2Config(
-            vocab_size=VOCABULARY,
-            n_positions=64,
             n_embd=32,
             n_layer=2,
             n_head=4,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
-            use_cache=False,
-            **options,
+            **{"vocab_size": VOCABULARY, "n_positions": 64, "use_cache": False, **options},
         ),
         "llama": lambda: tf.LlamaConfig(**sizes, num_key_value_heads=2, intermediate_size=64, **common),
         "mistral": lambda: tf.MistralConfig(

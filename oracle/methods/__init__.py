@@ -20,6 +20,7 @@ variables, which may be left out (`needs_of` has their defaults):
 - `needs_model = False`: `label` takes `lm=None`. `prepare` gets that or the model (whose tokenizer it may use),
   and `TextTargets` for columns; `measure` gets the texts themselves, as `read_texts` returns them.
 - `needs_targets = False`: `label` takes no targets. The labels have one column, named like the method, and no halves.
+- `needs_gradients = False`: forward passes are all it makes, so the model may be spread over devices by `device_map`.
 - `uses_optimizer = False`: the values do not depend on the optimiser, so its state is no part of the labels' identity.
 - `needs_whole_sample = True`: `measure` gets the whole sample at once, because a text's value depends on the others.
   The sample then belongs to the identity of the labels: a grown sample is refused, not added to.
@@ -73,12 +74,14 @@ class Needs:
 
     Attributes:
         model: A model, target columns and encoded texts; without it, `TextTargets` and the texts themselves.
+        gradients: A model with all its weights on one device.
         targets: Target sets; without them there is one column, named like the method.
         optimizer: Labels of the same optimiser state only, where it has one.
         whole_sample: The whole sample in one call of `measure`.
     """
 
     model: bool
+    gradients: bool
     targets: bool
     optimizer: bool
     whole_sample: bool
@@ -86,8 +89,10 @@ class Needs:
 
 def needs_of(method: Any) -> Needs:
     """Return what a method, or its class, needs; what it does not say has its default here."""
+    needs_model = getattr(method, "needs_model", True)
     return Needs(
-        model=getattr(method, "needs_model", True),
+        model=needs_model,
+        gradients=needs_model and getattr(method, "needs_gradients", True),
         targets=getattr(method, "needs_targets", True),
         optimizer=getattr(method, "uses_optimizer", True),
         whole_sample=getattr(method, "needs_whole_sample", False),

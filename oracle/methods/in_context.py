@@ -46,6 +46,7 @@ class InContext:
     needs_optimizer: ClassVar[bool] = False
     uses_optimizer: ClassVar[bool] = False
     changes_weights: ClassVar[bool] = False
+    needs_gradients: ClassVar[bool] = False
 
     distance: str = option(
         "nats",

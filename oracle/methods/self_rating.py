@@ -80,6 +80,7 @@ class SelfRating:
     needs_optimizer: ClassVar[bool] = False
     uses_optimizer: ClassVar[bool] = False
     changes_weights: ClassVar[bool] = False
+    needs_gradients: ClassVar[bool] = False
     needs_targets: ClassVar[bool] = False
 
     num_ratings: int = option(5, "Ratings go from 1 to this number; each must be one token for the model.")

@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
 import oracle
 from oracle.errors import InputError
-from oracle.wrappers import check_whole
+from oracle.wrappers import check_whole, devices_of_map, entrance
+
+LONG = {"llama": {"max_position_embeddings": 512}, "gpt2": {"n_positions": 512}}
+PLACES = {  # the second block and what follows on disk
+    "llama": {
+        "model.embed_tokens": "cpu",
+        "model.rotary_emb": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "disk",
+        "lm_head": "disk",
+    },
+    "gpt2": {
+        "transformer.wte": "disk",
+        "transformer.wpe": "cpu",
+        "transformer.drop": "cpu",
+        "transformer.h.0": "cpu",
+        "transformer.h.1": "disk",
+        "transformer.ln_f": "disk",
+        "lm_head": "disk",
+    },
+}
 
 
 @pytest.fixture
@@ -60,10 +82,36 @@ def test_distributed_weights_are_refused_by_name(alone, make_module):
         check_whole(module)
 
 
-def test_only_a_device_map_over_several_devices_is_refused(make_module):
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # gpt2's output layer is tied to its embeddings
+def test_a_model_spread_over_memory_and_disk_serves_methods_that_only_read(kind, tmp_path, make_module, make_tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    sentences = ["the first text", "a second one, which is longer", "1 2 3 4 5"]
+    tokenizer = make_tokenizer([*sentences, "Mark:"])
+    whole = oracle.LanguageModel(make_module(kind, vocab_size=len(tokenizer), **LONG[kind]), tokenizer)
+    whole.module.save_pretrained(tmp_path / "model")
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float32, device_map=PLACES[kind], offload_folder=tmp_path / "offloaded"
+    )
+    assert any(parameter.is_meta for parameter in spread.parameters())
+    lm = oracle.LanguageModel(spread, tokenizer, device="cpu")
+
+    assert lm.fingerprint() == whole.fingerprint()
+    np.testing.assert_array_equal(lm.losses(sentences), whole.losses(sentences))
+    for method, targets in (("in_context", {"t": sentences[1:]}), ("self_rating", None)):
+        labels = oracle.label(lm, sentences, targets, method=method)
+        np.testing.assert_array_equal(labels.values, oracle.label(whole, sentences, targets, method=method).values)
+    lm.save(tmp_path / "saved")
+    assert oracle.LanguageModel.from_pretrained(tmp_path / "saved").fingerprint() == whole.fingerprint()
+    for method in ("grad_dot", "two_forward"):
+        with pytest.raises(InputError, match=rf"{method} needs gradients, and the .* spread over .* (cpu, disk|disk, cpu)"):
+            oracle.label(lm, sentences, {"t": sentences}, method=method)
+
+
+def test_a_device_map_of_one_device_is_no_hindrance(make_module):
     module = make_module("llama")
     module.hf_device_map = {"": 0}
-    check_whole(module)
-    module.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
-    with pytest.raises(InputError, match="spread over the devices 0, cpu"):
-        oracle.LanguageModel(module)
+    assert devices_of_map(module) == []
+    module.hf_device_map = {"model.layers.0": "cuda:1", "model.layers.1": "cuda:1", "lm_head": "cpu"}
+    assert devices_of_map(module) == ["cuda:1", "cpu"]
+    assert entrance(module) == torch.device("cuda", 1)
