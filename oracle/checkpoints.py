@@ -9,8 +9,7 @@ an adapter (LoRA), only the adapter is written, and its base model is loaded fro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from oracle.adapters import add_adapter, base_of, check_saveable
 from oracle.artifacts import atomic_folder, read_json, write_json
 from oracle.errors import InputError, MismatchError, MissingFileError
+from oracle.progress import without_bars
 
 OPTIMIZERS: dict[str, Any] = {
     "AdamW": torch.optim.AdamW,
@@ -49,7 +49,7 @@ def load_checkpoint(path: str | Path, *, dtype: torch.dtype) -> tuple[nn.Module,
     base = base_of(Path(path))
     words = base if base is not None and not _has_tokenizer(path) else path
     try:
-        with _without_bars():
+        with without_bars():
             whole: nn.Module = AutoModelForCausalLM.from_pretrained(str(base or path), dtype=dtype)
             module = whole if base is None else add_adapter(whole, Path(path))
         tokenizer = AutoTokenizer.from_pretrained(str(words)) if not Path(words).is_dir() or _has_tokenizer(words) else None
@@ -84,26 +84,12 @@ def save_checkpoint(folder: Path, module: nn.Module, tokenizer: Any, *, optimize
     check_saveable(module)
     if optimizer is not None:
         _check_owned(module, optimizer)
-    with atomic_folder(folder) as partial, _without_bars():
+    with atomic_folder(folder) as partial, without_bars():
         module.save_pretrained(partial)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if optimizer is not None:
             _save_optimizer(partial, module, optimizer)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Silence transformers' bars, one per file; this project shows its own progress."""
-    from transformers.utils import logging
-
-    were_shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_shown:
-            logging.enable_progress_bar()
 
 
 def _check_owned(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:

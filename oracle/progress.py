@@ -81,3 +81,17 @@ def track(title: str, total: int, *, unit: str = "texts") -> Iterator[Tracker]:
                 bar.update(task, rate=f"{speed:.1f}/s")
 
         yield _BarTracker(advance)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Silence the bars of transformers, one per file that it loads or writes."""
+    from transformers.utils import logging
+
+    were_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_shown:
+            logging.enable_progress_bar()

@@ -23,6 +23,7 @@ from oracle.errors import InputError, MissingPackageError, check_choice
 from oracle.language_model import LanguageModel
 from oracle.methods import Measured, TextTargets
 from oracle.plugins import option
+from oracle.progress import without_bars
 from oracle.texts import list_text_ids, plain_strings, text_format
 
 if TYPE_CHECKING:
@@ -185,7 +186,8 @@ def _load_encoder(name: str) -> Any:
     from sentence_transformers import SentenceTransformer
 
     try:
-        return SentenceTransformer(path)
+        with without_bars():
+            return SentenceTransformer(path)
     except (OSError, ValueError) as error:  # every refusal of the hub is an OSError, a malformed name a ValueError
         raise InputError(
             f"model={name!r} is no sentence-transformers folder and cannot be fetched from the hub: {error}",

@@ -19,6 +19,7 @@ import numpy as np
 from oracle.artifacts import fingerprint
 from oracle.errors import InputError, MissingPackageError, check_at_least, check_choice
 from oracle.plugins import option, options_of
+from oracle.progress import without_bars
 from oracle.texts import plain_strings
 
 if TYPE_CHECKING:
@@ -180,7 +181,8 @@ class Sentence:
             return self._module
         from sentence_transformers import SentenceTransformer
 
-        module = SentenceTransformer(str(self._locate()), device=None if self.device == "auto" else self.device)
+        with without_bars():
+            module = SentenceTransformer(str(self._locate()), device=None if self.device == "auto" else self.device)
         limit = module.max_seq_length
         if limit is not None and self.max_tokens > limit:
             raise InputError(
