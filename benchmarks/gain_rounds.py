@@ -1,13 +1,14 @@
 """What refreshing buys: target loss against the whole cost, for every way to choose texts round by round.
 
-For every seed a small model is warmed up on random texts. Then, for every target set and for all of them together, copies
-of that checkpoint are trained for the same number of tokens in rounds, each on the texts that a strategy chooses: at random, by
-one ranking (`static`), by a ranking that is refreshed (`refresh`), and by every other strategy. `oracle` ranks by labels of the
-whole pool, measured once. Labels use one half of each target set, losses are measured on the other. What a strategy spends on
-labels, features, fitting and scoring is counted in the same unit as training, FLOPs, and in seconds, and stands in front of the
-training that it serves; features that runs share are charged to each of them in full. A loss is the mean of the last three
-evaluations. With `--average-decay` labels and losses are measured at a running average of the weights: at a constant rate
-those of the last step jump, and with them the labels (`label_decay.py`) and the losses.
+For every seed a small model is warmed up on random texts. Then, for every target set and for all of them together, copies of
+that checkpoint are trained for the same number of tokens in rounds, each on the texts that a strategy chooses: at random, by
+one ranking (`static`), by a ranking that is refreshed on a schedule (`refresh`) or only where it has drifted by then
+(`drift`), and by every other strategy. `oracle` ranks by labels of the whole pool, measured once. Labels use one half of each
+target set, losses are measured on the other. What a strategy spends on labels, features, fitting and scoring is counted in the
+same unit as training, FLOPs, and in seconds, and stands in front of the training that it serves; features that runs share are
+charged to each of them in full. A loss is the mean of the last three evaluations. With `--average-decay` labels and losses are
+measured at a running average of the weights: at a constant rate those of the last step jump, and with them the labels
+(`label_decay.py`) and the losses.
 
     python benchmarks/gain_rounds.py --pool 'pool-*.parquet' --target math=math_dev.jsonl code=code_dev.jsonl
 """
@@ -79,19 +80,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="longest text, and row length in training")
     parser.add_argument("--warmup-tokens", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--round-tokens", type=int, default=98_304)
-    parser.add_argument("--evaluate-every", type=int, default=24, help="optimiser steps between evaluations")
+    parser.add_argument("--round-tokens", type=int, default=196_608)
+    parser.add_argument("--evaluate-every", type=int, default=48, help="optimiser steps between evaluations")
     parser.add_argument("--static-labels", type=int, default=400)
     parser.add_argument("--refresh-labels", type=int, default=200)
     parser.add_argument("--refresh-every", type=int, default=2, help="rounds from one refresh to the next")
     parser.add_argument("--keep-labels", type=float, default=1.0, help="weight of labels one refresh old")
-    parser.add_argument("--min-agreement", type=float, default=-1.0, help="agreement on the probe below which they are dropped")
     parser.add_argument("--drift-threshold", type=float, default=0.8)
+    parser.add_argument("--probe", type=int, default=32, help="texts labelled to see whether scores have drifted")
     parser.add_argument("--target-texts", type=int, default=48, help="target texts per set to label with")
     parser.add_argument("--judge-texts", type=int, default=48, help="target texts per set to measure the loss on")
     parser.add_argument("--rule", default="top_share", help="selection rule of all strategies that rank")
-    parser.add_argument("--top-share", type=float, default=0.2, help="share that the rule top_share draws from")
-    parser.add_argument("--combine", default="sum_z", help="how several targets become one; 'mean' is that of the nats judged by")
+    parser.add_argument("--top-share", type=float, default=0.1, help="share that the rule top_share draws from")
+    parser.add_argument("--combine", default="max_z", help="how several targets become one; 'mean' is that of the nats judged by")
     parser.add_argument("--average-decay", type=float, default=0.95, help="of the averaged weights; 0 takes the last ones")
     parser.add_argument("--surrogate", default="ridge")
     parser.add_argument("--encoder", nargs="+", default=["hashed_ngrams", "text_stats"])
@@ -196,16 +197,11 @@ def _strategy(
     refresh = {
         **shared,
         "sample_size": options.refresh_labels,
-        "num_probe": 32,
+        "num_probe": options.probe if name == "drift" else 0,
         "refresh_every": options.refresh_every,
         "keep_labels": options.keep_labels,
-        "min_agreement": options.min_agreement,
     }
-    return "refresh", refresh if name == "refresh" else {
-        **refresh,
-        "refresh_every": 1,
-        "drift_threshold": options.drift_threshold,
-    }
+    return "refresh", {**refresh, "drift_threshold": options.drift_threshold} if name == "drift" else refresh
 
 
 def _train(
