@@ -13,6 +13,7 @@ machine and stops it again. It never stops a cluster that it did not start.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -148,7 +149,7 @@ def _cluster(address: str | None, workers: int | None, gpus_per_task: float) -> 
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            ray.init(address=address, log_to_driver=False)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, ValueError) as error:
             raise InputError(
                 f"the Ray cluster at {address!r} cannot be joined: {error}.",
@@ -177,6 +178,7 @@ def _start(ray: Any, workers: int | None) -> None:
             num_cpus=workers or len(os.sched_getaffinity(0)),
             include_dashboard=False,
             log_to_driver=False,
+            logging_level=logging.WARNING,
             object_store_memory=OBJECT_STORE_BYTES,
         )
 
