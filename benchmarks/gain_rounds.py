@@ -3,11 +3,12 @@
 For every seed a small model is warmed up on random texts. Then, for every target set and for all of them together, copies of
 that checkpoint are trained for the same number of tokens in rounds, each on the texts that a strategy chooses: at random, by
 one ranking (`static`), by a ranking that is refreshed on a schedule (`refresh`) or only where it has drifted by then
-(`drift`), and by every other strategy. `oracle` ranks by labels of the whole pool, measured once. Labels use one half of each
-target set, losses are measured on the other. What a strategy spends on labels, features, fitting and scoring is counted in the
-same unit as training, FLOPs, and in seconds, and stands in front of the training that it serves; features that runs share are
-charged to each of them in full. A loss is the mean of the last three evaluations. With `--average-decay` labels and losses are
-measured at a running average of the weights: at a constant rate those of the last step jump, and with them the labels
+(`drift`), and by every other strategy. `oracle` ranks by labels of the whole pool, measured once; `oracle_again`, which takes
+hours and is not among the defaults, measures them anew as often as `refresh` does. Labels use one half of each target set,
+losses are measured on the other. What a strategy spends on labels, features, fitting and scoring is counted in the same unit
+as training, FLOPs, and in seconds, and stands in front of the training that it serves; features that runs share are charged to
+each of them in full. A loss is the mean of the last three evaluations. With `--average-decay` labels and losses are measured
+at a running average of the weights: at a constant rate those of the last step jump, and with them the labels
 (`label_decay.py`) and the losses.
 
     python benchmarks/gain_rounds.py --pool 'pool-*.parquet' --target math=math_dev.jsonl code=code_dev.jsonl
@@ -184,6 +185,8 @@ def _strategy(
     """Return a strategy, and the options of a refresher with it."""
     if name == "oracle":
         return WholePoolLabels(targets=targets, labels=whole), {}
+    if name == "oracle_again":
+        return "oracle", {"method_options": {"max_grad_norm": 1.0}, "refresh_every": options.refresh_every}
     if name not in SURROGATES:
         return name, {}
     shared = {
