@@ -72,7 +72,9 @@ def main() -> None:
     """Run the benchmark."""
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--strategies", nargs="+", default=[*BLIND, *SURROGATES, "target_similarity", "dsir", "oracle"])
+    parser.add_argument(
+        "--strategies", nargs="+", default=["random", "rs2", *SURROGATES, "target_similarity", "dsir", "oracle", "loss"]
+    )
     parser.add_argument("--aims", nargs="+", default=None, help="target sets to select for, or 'together'; all by default")
     parser.add_argument("--architecture", default="llama")
     parser.add_argument("--width", type=int, default=96)
@@ -188,7 +190,7 @@ def _strategy(
     if name == "oracle_again":
         return "oracle", {"method_options": {"max_grad_norm": 1.0}, "refresh_every": options.refresh_every}
     if name not in SURROGATES:
-        return name, {}
+        return name, {"refresh_every": options.refresh_every} if name == "loss" else {}
     shared = {
         "encoder": tuple(options.encoder),
         "surrogate": options.surrogate,
