@@ -161,16 +161,24 @@ def require_same(stored: Mapping[str, Any], asked: Mapping[str, Any], *, where: 
         MismatchError: Some value differs; all differences are listed.
     """
     stored, asked = (json.loads(json.dumps(value, default=str)) for value in (stored, asked))
-    keys = sorted(set(stored) | set(asked))
-    differences = [
-        f"{key}: stored {stored.get(key)!r}, asked {asked.get(key)!r}" for key in keys if stored.get(key) != asked.get(key)
-    ]
+    differences = _differences(stored, asked)
     if differences:
         raise MismatchError(
             f"{where} holds results made with other options or inputs: " + "; ".join(differences) + ".",
             "the same options and inputs as stored",
             "repeat the stored options, or name another folder for the new ones.",
         )
+
+
+def _differences(stored: Any, asked: Any, name: str = "") -> list[str]:
+    """Name what differs between two JSON values, down to the single entries of mappings."""
+    if stored == asked:
+        return []
+    if not (isinstance(stored, dict) and isinstance(asked, dict) and stored.keys() & asked.keys()):
+        return [f"{name}: stored {stored!r}, asked {asked!r}"]
+    inner = f"{name}." if name else ""
+    keys = sorted(stored.keys() | asked.keys())
+    return [line for key in keys for line in _differences(stored.get(key), asked.get(key), f"{inner}{key}")]
 
 
 @contextmanager

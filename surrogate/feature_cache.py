@@ -18,7 +18,8 @@ Left out: compression and half precision; removing rows (delete the encoder's fo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Protocol
 
@@ -115,8 +116,12 @@ class FeatureCache:
             _add_cost(cost, spent)
         return index.gather(ids)
 
-    def cost(self, encoder: Encoder) -> dict[str, float]:
-        """Return what all features of an encoder that the cache holds took, whichever process made them.
+    def cost(self, encoder: Encoder, text_ids: Collection[str] | None = None) -> dict[str, float]:
+        """Return what the features of an encoder that the cache holds took, whichever process made them.
+
+        Args:
+            encoder: The encoder.
+            text_ids: Those of these texts only, each at the mean of the block that it was computed in; None for all.
 
         Returns:
             `seconds`, `flops` and `num_encoded`, as `features` counts them; a block that was computed twice counts once.
@@ -124,7 +129,7 @@ class FeatureCache:
         Raises:
             MismatchError: The cache holds features of another state of this encoder.
         """
-        return self._open(encoder).cost()
+        return self._open(encoder).cost(text_ids)
 
     def _open(self, encoder: Encoder) -> _Index:
         key = encoder.key()
@@ -219,11 +224,14 @@ class _Index:
             if path.name not in self._known:
                 self._append(path, read_json(path.with_suffix(".ids.json")))
 
-    def cost(self) -> dict[str, float]:
-        """Add up what the blocks took."""
+    def cost(self, text_ids: Collection[str] | None = None) -> dict[str, float]:
+        """Add up what the blocks took, or the share in them of some texts."""
         total = _no_cost()
-        for path in self.blocks:
-            _add_cost(total, read_json(path.with_suffix(".cost.json")))
+        own = None if text_ids is None else Counter(self.places[text_id][0] for text_id in text_ids if text_id in self.places)
+        for number, path in enumerate(self.blocks):
+            cost = read_json(path.with_suffix(".cost.json"))
+            share = 1.0 if own is None else own[number] / cost["num_encoded"]
+            _add_cost(total, {unit: share * value for unit, value in cost.items()})
         return total
 
     def add_block(self, ids: Sequence[str], features: np.ndarray, encoder: Encoder, *, cost: dict[str, float]) -> None:

@@ -5,6 +5,7 @@ Contract of an encoder (a keyword-only dataclass whose `plugin_name` is its file
 - `frozen: ClassVar[bool]`: whether the features depend on the text and the options alone. If so they are
   computed once per text_id; if not, `key()` carries the checkpoint they were computed at.
 - `needs_model: ClassVar[bool]`: whether it must be given a language model.
+- `needs_words: ClassVar[bool]`, optional: True if it cannot read texts that are token ids.
 - `encode(texts) -> (N, D) float32`: finite, the same row for the same text whatever stands beside it
   (beyond rounding); `(0, D)` for no texts.
 - `key() -> str`: names the encoder and its options; usable as a folder name.

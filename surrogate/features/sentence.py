@@ -60,6 +60,7 @@ class Sentence:
     plugin_name: ClassVar[str] = "sentence"
     frozen: ClassVar[bool] = True
     needs_model: ClassVar[bool] = False
+    needs_words: ClassVar[bool] = True
 
     model: str = option(PACKAGED_MODEL, "'minilm' (packaged, no network), a local folder, or a name on the Hugging Face hub.")
     max_tokens: int = option(256, "Texts are cut to this many tokens; time is proportional to it.")

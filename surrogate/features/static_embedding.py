@@ -124,6 +124,7 @@ class StaticEmbedding:
     plugin_name: ClassVar[str] = "static_embedding"
     frozen: ClassVar[bool] = True
     needs_model: ClassVar[bool] = False
+    needs_words: ClassVar[bool] = True
 
     table: str = option(
         PACKAGED_TABLE, "A folder that `surrogate.distilling.distil` wrote, or 'minilm': its word vectors as they are."

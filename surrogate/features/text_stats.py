@@ -100,6 +100,7 @@ class TextStats:
     plugin_name: ClassVar[str] = "text_stats"
     frozen: ClassVar[bool] = True
     needs_model: ClassVar[bool] = False
+    needs_words: ClassVar[bool] = True
 
     @property
     def feature_names(self) -> tuple[str, ...]:

@@ -97,7 +97,8 @@ def _labels(
     fixed = once * num_processes
     if not hasattr(strategy, "sample_size"):
         return Expected(fixed=Cost(fixed + per_label * num_candidates))
-    return Expected(sampled=Cost(per_label * strategy.sample_size), fixed=Cost(fixed + per_label * strategy.num_probe))
+    num_sampled = min(strategy.sample_size, num_candidates)
+    return Expected(sampled=Cost(per_label * num_sampled), fixed=Cost(fixed + per_label * strategy.num_probe))
 
 
 def _flops_per_text(encoder: Any, texts: Dataset, lm: LanguageModel | None) -> float:

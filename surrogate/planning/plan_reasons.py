@@ -31,14 +31,7 @@ def alternatives(search: Search, chosen: Choices) -> list[Alternative]:
     if search.fits(chosen) and best != chosen:
         what = f"prefer={other!r}: {best.num_refreshes} refreshes of {best.sample_size} labels, {best.features}"
         found.append(_alternative(search, best, what=what, reason=f"prefer={search.prefer!r} was asked for"))
-    whole = replace(
-        chosen, sample_size=search.sizes.num_texts, num_refreshes=1, refresh_every=search.sizes.num_rounds, second_encoder=()
-    )
-    own_flops, whole_flops = (search.overhead(choices)["flops"] or 0.0 for choices in (chosen, whole))
-    is_dearer = whole_flops > own_flops
-    reason = "what the surrogate is there to save" if is_dearer else "no dearer here than a surrogate: think of strategy='oracle'"
-    found.append(_alternative(search, whole, what="labels of the whole pool, once", reason=reason))
-    return found
+    return [*found, _whole_pool(search, chosen)]
 
 
 def assumptions(search: Search, chosen: Choices) -> list[str]:
@@ -109,6 +102,21 @@ def _alternative(search: Search, choices: Choices, *, what: str, reason: str) ->
     too_dear = "breaks the promise" if is_too_dear else ""
     text = "; ".join(part for part in (reason, too_dear) if part) or "it fits, and was not bought"
     return Alternative(what=what, share=overhead, spearman=search.spearman(choices), reason=text)
+
+
+def _whole_pool(search: Search, chosen: Choices) -> Alternative:
+    """Measured labels of every text, which need neither features nor a prediction."""
+    whole = replace(
+        chosen,
+        sample_size=search.sizes.num_texts,
+        num_refreshes=1,
+        refresh_every=search.sizes.num_rounds,
+        encoder=(),
+        second_encoder=(),
+    )
+    fits = search.fits(whole)
+    reason = "it fits: think of strategy='oracle'" if fits else "what the surrogate is there to save; breaks the promise"
+    return Alternative(what="labels of the whole pool, once", share=search.overhead(whole), spearman=None, reason=reason)
 
 
 def _methods(search: Search, chosen: Choices) -> list[Alternative]:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from oracle.errors import InputError, check_at_least
+from oracle.errors import InputError, check_count
 from oracle.language_model import DEFAULT_MAX_TOKENS, LanguageModel
 from oracle.targets import read_targets
 from oracle.texts import read_texts
@@ -106,7 +106,7 @@ class InfluenceCallback(TrainerCallback, ExportableState):
         window: int | None = None,
         **refresher_options: Any,
     ) -> None:
-        check_at_least("every", every, 1)
+        check_count("every", every)
         self.every, self.keep_autocast, self.average_decay = every, keep_autocast, average_decay
         self._max_tokens, self._tokenizer = max_tokens, tokenizer
         self._stream: StreamRefresher | None = None

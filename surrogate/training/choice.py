@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +35,11 @@ class Choice:
     allow_low_fidelity: bool
     seed: int
 
-    def at_random(self, candidates: np.ndarray) -> HeldRanking:
-        """Rank candidates (M,) by hashes of their ids."""
+    def at_random(self, candidates: np.ndarray, *, index: int) -> HeldRanking:
+        """Rank candidates (M,) by hashes of their ids, in another order in each round `index`."""
         ids = [self.text_ids[row] for row in candidates]
         values = np.empty((len(ids), 1), dtype=np.float32)
-        values[draw_order(ids, f"{self.seed}:order"), 0] = -np.arange(len(ids))
+        values[draw_order(ids, f"{self.seed}:order:{index}"), 0] = -np.arange(len(ids))
         return HeldRanking(-1, Scores(values, text_ids=ids, target_names=[RANDOM]))
 
     def select(
@@ -86,16 +86,18 @@ class Choice:
         )
 
 
-def describe(held: HeldRanking, selection: Selection, *, num_candidates: int) -> dict[str, Any]:
-    """What the table of rounds says of a selection; influence is in label units, the mean over texts."""
+def describe(held: HeldRanking, selection: Selection, *, candidate_ids: Collection[str]) -> dict[str, Any]:
+    """What the table of rounds says of a selection from some candidates; influence is in label units, the mean over texts."""
     fidelity, is_random = held.fidelity, held.round < 0
+    places = [place for place, text_id in enumerate(held.scores.text_ids) if text_id in candidate_ids]
+    of_candidates = np.asarray(held.scores)[places]
     return {
         "ranked_in_round": held.round,
         "num_texts": len(selection),
-        "num_candidates": num_candidates,
+        "num_candidates": len(candidate_ids),
         "by_label": selection.reasons.count("label"),
         "influence_selected": {} if is_random else mean_by_target(selection.values, selection.target_names),
-        "influence_candidates": {} if is_random else mean_by_target(np.asarray(held.scores), held.scores.target_names),
+        "influence_candidates": {} if is_random else mean_by_target(of_candidates, held.scores.target_names),
         "fidelity": {} if fidelity is None else {row.target: row.spearman for row in fidelity.surrogate},
         "noise_ceiling": {} if fidelity is None else dict(fidelity.noise_ceiling),
     }

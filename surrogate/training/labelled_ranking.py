@@ -32,6 +32,7 @@ from oracle.processes import working_together
 from oracle.texts import list_text_ids
 from surrogate.aggregation import combine
 from surrogate.label_next import order_by_mass
+from surrogate.option_strings import parse_plugin
 from surrogate.predictor import ENCODERS, InfluencePredictor
 from surrogate.scores import Scores
 from surrogate.training.ranking_costs import label_costs, ranking_costs
@@ -73,7 +74,7 @@ class LabelledRanking:
             if isinstance(encoder, str):
                 plugins.load(ENCODERS, encoder)
         check_choice("sampling", self.sampling, SAMPLINGS)
-        for name, minimum in (("sample_size", 1), ("num_probe", 0), ("keep_labels", 0), ("num_folds", 2)):
+        for name, minimum in (("num_folds", 2), ("sample_size", self.num_folds), ("num_probe", 0), ("keep_labels", 0)):
             check_at_least(name, getattr(self, name), minimum)
         if self.keep_labels > 1 or not 0 < self.second_share <= 1:
             raise InputError(
@@ -309,8 +310,22 @@ class LabelledRanking:
 
 
 def _as_list(encoders: Any) -> tuple[Any, ...]:
-    """Several encoders, or one alone."""
-    return tuple(encoders) if isinstance(encoders, (list, tuple)) else (encoders,)
+    """Several encoders, or one alone; one with options, as the command line writes it, becomes an object."""
+    several = encoders if isinstance(encoders, (list, tuple)) else (encoders,)
+    return tuple(_spelled_out(encoder) for encoder in several)
+
+
+def _spelled_out(encoder: Any) -> Any:
+    if not isinstance(encoder, str) or ":" not in encoder:
+        return encoder
+    name, options = parse_plugin(encoder)
+    if name == "model_state":
+        raise InputError(
+            f"the encoder {encoder!r}.",
+            "'model_state', or an object of it: ModelState(model=lm, ...)",
+            "leave its options out, or pass an object.",
+        )
+    return plugins.create(ENCODERS, name, options)
 
 
 def _make_encoder(encoder: Any, context: RankingContext) -> Any:

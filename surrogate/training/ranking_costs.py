@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from oracle.artifacts import read_json, write_json
 from oracle.labels import Labels
+from oracle.texts import list_text_ids
 from surrogate.training.strategies import RankingContext
 
 if TYPE_CHECKING:
@@ -53,8 +54,12 @@ def ranking_costs(
 
 
 def _feature_costs(context: RankingContext, encoders: Sequence[Any]) -> dict[str, float]:
-    """What the features of this refresh took: of frozen encoders what came to the cache since the refresh before."""
-    totals = {encoder.key(): context.cache.cost(encoder) for encoder in encoders}
+    """What the features of this refresh took: of frozen encoders what came to the cache since the refresh before.
+
+    Other runs may share the cache; only the texts of this pool count.
+    """
+    text_ids = list_text_ids(context.pool)
+    totals = {encoder.key(): context.cache.cost(encoder, text_ids) for encoder in encoders}
     write_json(context.folder / FEATURE_COSTS_FILE, totals)
     before = read_json(context.earlier[-1] / FEATURE_COSTS_FILE) if context.earlier else {}
     return {

@@ -32,7 +32,16 @@ from surrogate.feature_cache import FeatureCache
 from surrogate.planning.overhead import Overhead
 from surrogate.training.choice import Choice
 from surrogate.training.pool_state import PoolState
-from surrogate.training.refresher_options import check_drift, check_model, check_rule, check_targets, describe_run, make_strategy
+from surrogate.training.refresher_options import (
+    check_drift,
+    check_model,
+    check_readable,
+    check_repeats,
+    check_rule,
+    check_targets,
+    describe_run,
+    make_strategy,
+)
 from surrogate.training.round_identity import RoundIdentity
 from surrogate.training.round_making import RoundMaker
 from surrogate.training.round_store import Round, RoundStore
@@ -56,9 +65,9 @@ class Refresher:
             is counted all the same.
         num_tokens: N token counts of the pool's texts, where they are known; None counts them when a round needs them.
         strategy: Name of a strategy (`surrogate methods`), or an object of one.
-        rule: Selection rule that orders the scored texts. By default a round is drawn at random from the best fifth of the
-            candidates: with the very best ones first, rounds were narrow and refreshes ran after what the round before had
-            unlearnt.
+        rule: Selection rule that orders the scored texts. None draws a round at random from the best fifth of the candidates
+            ("top_share"): with the very best ones first, rounds were narrow and refreshes ran after what the round before had
+            unlearnt. An order that is random already is taken as it stands ("top").
         rule_options: Its options.
         refresh_every: Rounds from one refresh to the next; with `drift_threshold`, from one look at the drift to the next.
         drift_threshold: Refresh only when the stale scores' rank agreement with fresh labels of the probe has fallen below
@@ -80,7 +89,8 @@ class Refresher:
 
     Raises:
         InputError: An option cannot be used, or targets are missing.
-        MismatchError: `workdir` belongs to another pool, other targets or other options.
+        MismatchError: `workdir` belongs to another pool, other targets or other options, or to a training that began from
+            other weights.
 
     Example:
         >>> refresher = Refresher("pool.jsonl", {"math": "math.jsonl"}, workdir="influence")         # doctest: +SKIP
@@ -96,7 +106,7 @@ class Refresher:
         cache: FeatureCache | str | Path | None = None,
         num_tokens: Sequence[int] | np.ndarray | None = None,
         strategy: Any = "refresh",
-        rule: str = "top_share",
+        rule: Any = None,
         rule_options: Mapping[str, Any] | None = None,
         refresh_every: int = 1,
         drift_threshold: float | None = None,
@@ -122,6 +132,7 @@ class Refresher:
             final_fraction=final_fraction,
             num_rounds=num_rounds,
         )
+        rule = rule or ("top" if getattr(self.strategy, "is_blind", False) else "top_share")
         self.choice = Choice(
             text_ids=self.text_ids,
             rule=rule,
@@ -136,6 +147,8 @@ class Refresher:
         check_targets(self.strategy, self.targets)
         check_drift(self.strategy, self.schedule)
         check_rule(rule, self.choice.rule_options, target_names=names)
+        check_repeats(self.strategy, consume_once=consume_once)
+        check_readable(self.strategy, self.pool)
         reserved = self.strategy.reserved(self.text_ids, seed=seed) if hasattr(self.strategy, "reserved") else np.zeros(0, int)
         self._state = PoolState(
             self.pool, reserved=reserved, consume_once=consume_once and not self.strategy.redraws, num_tokens=num_tokens
@@ -307,7 +320,10 @@ class Refresher:
 
     def _stored(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         self.store.claim(self._options)
-        return self.store.stored(len(self._records), identity)
+        record = self.store.stored(len(self._records), identity)
+        if record is None and not self._records:
+            self.store.check_unused()
+        return record
 
     def _round(self, index: int, record: dict[str, Any]) -> Round:
         if self._last is None or self._last.record["chain"] != record["chain"]:

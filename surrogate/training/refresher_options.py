@@ -13,16 +13,20 @@ from oracle import plugins
 from oracle.artifacts import fingerprint
 from oracle.errors import InputError, InputTypeError, closest
 from oracle.targets import TargetSet
+from oracle.texts import text_format
 from surrogate.aggregation import targets_used
+from surrogate.predictor import ENCODERS
 from surrogate.selection import RULES
 from surrogate.training.choice import Choice
 from surrogate.training.schedule import Schedule
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from oracle.language_model import LanguageModel
 
 STRATEGIES = "surrogate.training.strategies"
-FORMAT = 2  # of what stands in a workdir
+FORMAT = 3  # of what stands in a workdir
 
 
 def make_strategy(strategy: Any, options: Mapping[str, Any], *, other_options: Sequence[str] = ()) -> Any:
@@ -93,6 +97,39 @@ def check_model(strategy: Any, lm: LanguageModel | None) -> None:
             f"the model's optimiser is a {type(lm.optimizer).__name__} around another one.",
             "the torch optimiser itself",
             "pass LanguageModel(..., optimizer.optimizer); `accelerator.prepare` has put the other one around it.",
+        )
+
+
+def check_repeats(strategy: Any, *, consume_once: bool) -> None:
+    """Refuse one order at random, gone through from its beginning in every round.
+
+    Raises:
+        InputError: It would be.
+    """
+    if not consume_once and not strategy.redraws and getattr(strategy, "is_blind", False):
+        raise InputError(
+            f"consume_once=False with the strategy {strategy.plugin_name!r}: every round would show the same texts.",
+            "consume_once=True, or strategy='rs2', which draws anew from the whole pool in every round",
+            "pass one of the two.",
+        )
+
+
+def check_readable(strategy: Any, pool: Dataset) -> None:
+    """Refuse encoders that read words for a pool of token ids, before labels are paid.
+
+    Raises:
+        InputError: There is such an encoder.
+    """
+    if text_format(pool) != "tokens":
+        return
+    given = [*getattr(strategy, "encoder", ()), *getattr(strategy, "second_encoder", ())]
+    encoders: list[Any] = [plugins.load(ENCODERS, one) if isinstance(one, str) else one for one in given]
+    of_words = [encoder.plugin_name for encoder in encoders if getattr(encoder, "needs_words", False)]
+    if of_words:
+        raise InputError(
+            f"a pool of token ids, and the encoder {of_words[0]!r}, which reads words.",
+            "encoders that read token ids, hashed_ngrams and model_state, or a pool of texts",
+            "pass encoder=['hashed_ngrams'], or the texts that the ids were made of.",
         )
 
 

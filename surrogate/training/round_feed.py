@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from oracle.errors import MismatchError, check_at_least
+from oracle.errors import MismatchError, check_count
 from oracle.processes import working_together
 from surrogate.training.full_precision import without_autocast
 from surrogate.training.pool_texts import PoolTexts
@@ -58,7 +58,7 @@ class RoundFeed:
         keep_autocast: bool = False,
         average: WeightAverage | None = None,
     ) -> None:
-        check_at_least("every", every, 1)
+        check_count("every", every)
         self.refresher, self.dataset, self.texts = refresher, dataset, texts
         self.every, self.world_size, self.max_steps, self.keep_autocast = every, world_size, max_steps, keep_autocast
         self.average = average
@@ -116,6 +116,8 @@ class RoundFeed:
         tokens = self._tokens_before + (self._tokens_of(index) * done / self.every if done else 0.0)
         account, store = self.refresher.overhead, self.refresher.store
         account.observe(flops=self._flops_per_token * tokens, seconds=self._seconds * self.world_size)
+        is_over = self.max_steps is not None and step >= self.max_steps
+        account.planned_flops = account.trained.flops if is_over else self._planned_flops()
         report = account.report()
         with working_together() as processes:
             processes.on_first(lambda: store.write_account(report))
@@ -135,7 +137,7 @@ class RoundFeed:
         else:
             size = {"num_tokens": self._tokens_to_ask_for()}
         assert self._flops_per_token is not None
-        coming = self._flops_per_token * self._tokens_per_round()
+        coming = self._flops_per_token * self._tokens_expected()
         return self.refresher.next_round(
             lm,
             **size,
@@ -143,7 +145,7 @@ class RoundFeed:
             trained_flops=self._flops_per_token * self._tokens_before,
             trained_seconds=self._seconds * self.world_size,
             coming_flops=coming,
-            planned_flops=None if self.max_steps is None else coming * self.max_steps / self.every,
+            planned_flops=self._planned_flops(),
             average=self.average,
         )
 
@@ -221,11 +223,20 @@ class RoundFeed:
     def _encoded_lengths(self, rows: np.ndarray) -> np.ndarray:
         return np.array([len(text.input_ids) for text in self.texts.encode(rows.tolist())], dtype=np.int64)
 
-    def _tokens_per_round(self) -> float:
-        """About how many tokens a round shows."""
+    def _tokens_expected(self) -> float:
+        """About how many tokens a further round shows: as those so far did, and before there is one, as the pool's texts do."""
         if self.dataset.row_tokens is not None:
             return float(self.dataset.num_items * self.dataset.row_tokens)
+        if self._rounds_counted:
+            return self._tokens_before / self._rounds_counted
         return self.dataset.num_items * self._mean_length()
+
+    def _planned_flops(self) -> float | None:
+        """FLOPs of the whole training, as far as is known by now; None without an end."""
+        if self.max_steps is None or self._flops_per_token is None:
+            return None
+        rounds_left = self.max_steps / self.every - self._rounds_counted
+        return self._flops_per_token * (self._tokens_before + self._tokens_expected() * max(rounds_left, 0.0))
 
     def _tokens_to_ask_for(self) -> int:
         """Tokens of texts that fill a round of packed rows, together with about as many separators as they bring."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -54,7 +55,7 @@ class RoundMaker:
     def why_not(self, records: Records, size: Mapping[str, int], lm: LanguageModel | None) -> str:
         """Say why the round after `records` begins without a new ranking; "" where one is due, if it can be afforded."""
         _, starts_pass = self.pool.candidates(size, lm)
-        return self.schedule.why_not(len(records), ranked_in=self._fresh(records, starts_pass), strategy=self.strategy)
+        return self.schedule.why_not(len(records), ranked_in=self._last_try(records, starts_pass), strategy=self.strategy)
 
     def make(
         self,
@@ -83,7 +84,7 @@ class RoundMaker:
             held, selection = self._choose(ranking, candidates, record, records, size=size, token_counts=counts)
             if ranking is not None:
                 self.store.save_ranking(record["index"], ranking)
-            record.update(describe(held, selection, num_candidates=len(candidates)))
+            record.update(describe(held, selection, candidate_ids={self.choice.text_ids[row] for row in candidates}))
             seconds = time.perf_counter() - start_seconds
             self._count(record, seconds=seconds * processes.world_size)
             record["seconds"] = round(seconds, 3)
@@ -117,6 +118,21 @@ class RoundMaker:
         last = ranked_in(records)
         return last if last is not None and last == self._complete(records, starts_pass) else None
 
+    def _last_try(self, records: Records, starts_pass: bool) -> int | None:
+        """The round that the schedule counts from: of the newest ranking, or of a try in this pass that came to nothing.
+
+        A strategy that ranks once tries again after a failure, but not where it has paid for a ranking that is at chance.
+        """
+        last = self._fresh(records, starts_pass)
+        if last is not None or starts_pass:
+            return last
+        for record in reversed(records):
+            if record["num_ranked"] or (record["failure"] and self.strategy.adapts):
+                return int(record["index"])
+            if record["starts_pass"]:
+                break
+        return None
+
     def _complete(self, records: Records, starts_pass: bool) -> int | None:
         """The newest ranking that knows all texts that may be chosen now: of this pass over the pool, or of the whole pool."""
         is_of_pass = not starts_pass
@@ -136,8 +152,8 @@ class RoundMaker:
         processes: Processes,
     ) -> bool:
         """Decide whether the pool is ranked anew; the record gets the reason, the drift and what looking at it cost."""
-        last = self._fresh(records, record["starts_pass"])
-        record["reason"] = self.schedule.why_not(int(record["index"]), ranked_in=last, strategy=self.strategy)
+        last, tried = self._fresh(records, record["starts_pass"]), self._last_try(records, record["starts_pass"])
+        record["reason"] = self.schedule.why_not(int(record["index"]), ranked_in=tried, strategy=self.strategy)
         if record["reason"]:
             return False
         decision = processes.on_first(lambda: self._afford(context, record, coming_flops=coming_flops))
@@ -153,8 +169,12 @@ class RoundMaker:
             record["reason"] = f"refresh on schedule{fewer}"
             return True
         folder = self.store.ranking_folder(last)
-        found = self._attempt(lambda: self.strategy.agreement_now(context, folder), context, record, processes=processes)
+        probed = self.overhead.expected(0, num_fixed=self.strategy.num_probe)
+        look = partial(self.strategy.agreement_now, context, folder)
+        flops = 0.0 if probed is None else probed.total().flops
+        found = self._attempt(look, context, record, flops=flops, processes=processes)
         if found is None:
+            record["reason"] = "the look at the drift failed"
             return False
         has_drifted, record["reason"] = self.schedule.has_drifted(found)
         record["drift"], record["costs"] = drift_of(found), dict(found["costs"])
@@ -167,7 +187,7 @@ class RoundMaker:
         path = self.store.ranking_folder(index) / "decision.json"
         if not path.exists():
             has_sample = hasattr(self.strategy, "sample_size")  # without one, all candidates get whatever labels there are
-            num_labels = int(self.strategy.sample_size) if has_sample else 0
+            num_labels = min(int(self.strategy.sample_size), len(context.candidates)) if has_sample else 0
             num_fixed = int(getattr(self.strategy, "num_probe", 0)) if has_sample else len(context.candidates)
             expected = self.overhead.expected(num_labels, num_fixed=num_fixed)
             if expected is None:
@@ -193,7 +213,11 @@ class RoundMaker:
         """Ask the strategy, and note what it cost; None where it failed."""
         factor = float(record["overhead_decision"]["sample_factor"])
         ranking: Ranking | None = self._attempt(
-            lambda: self.strategy.rank(replace(context, sample_factor=factor)), context, record, processes=processes
+            lambda: self.strategy.rank(replace(context, sample_factor=factor)),
+            context,
+            record,
+            flops=float(record["overhead_decision"]["flops"]),
+            processes=processes,
         )
         if ranking is None:
             return None
@@ -205,11 +229,11 @@ class RoundMaker:
         return ranking
 
     def _attempt(
-        self, action: Callable[[], T], context: RankingContext, record: dict[str, Any], *, processes: Processes
+        self, action: Callable[[], T], context: RankingContext, record: dict[str, Any], *, flops: float, processes: Processes
     ) -> T | None:
         """Return what `action` returns, or None where it failed in a way that training can live with, on all processes alike.
 
-        The record gets the failure. How far it came is not known, so it is charged what it was expected to take. A refusal
+        The record gets the failure. How far it came is not known, so it is charged the `flops` it was expected to take. A refusal
         (`InputError`) stops the first ranking, which would fail again and again, and is lived with later.
         """
         start_seconds = time.perf_counter()
@@ -240,7 +264,7 @@ class RoundMaker:
         own = [told for told in failures if not told.startswith(OtherProcessError.__name__)]
         record["failure"] = (own or failures)[0]
         seconds = (time.perf_counter() - start_seconds) * processes.world_size
-        record["costs"]["failed refresh"] = {"seconds": seconds, "flops": float(record["overhead_decision"]["flops"])}
+        record["costs"]["failed refresh"] = {"seconds": seconds, "flops": flops}
         return None
 
     def _choose(
@@ -263,13 +287,13 @@ class RoundMaker:
                 if self.stops_on_failure:
                     raise
                 record["failure"], record["refreshed"] = f"{type(error).__name__}: {error}", False
-        held = self._present(candidates, self._complete(records, record["starts_pass"]))
+        held = self._present(candidates, self._complete(records, record["starts_pass"]), index=index)
         return held, self.choice.select(held, candidates, index=index, size=size, token_counts=token_counts)
 
-    def _present(self, candidates: np.ndarray, ranked: int | None) -> HeldRanking:
-        """The ranking made in round `ranked`; an order at random where there is none."""
+    def _present(self, candidates: np.ndarray, ranked: int | None, *, index: int) -> HeldRanking:
+        """The ranking made in round `ranked`; for round `index` an order at random where there is none."""
         if ranked is None:
-            return self.choice.at_random(candidates)
+            return self.choice.at_random(candidates, index=index)
         if self.held is None or self.held.round != ranked:
             self.held = self.store.load_ranking(ranked)
         return self.held

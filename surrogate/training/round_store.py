@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from oracle.artifacts import atomic_path, read_json, require_same, write_json
-from oracle.errors import MissingFileError
+from oracle.errors import MismatchError, MissingFileError
 from oracle.labels import Labels
 from surrogate.fidelity import Fidelity
 from surrogate.scores import Scores
@@ -93,6 +93,20 @@ class RoundStore:
         record = read_json(path) if path.exists() else None
         return record if record is not None and record["identity"] == dict(identity) else None
 
+    def check_unused(self) -> None:
+        """Refuse to begin where the rounds of another training stand, which the new ones would replace.
+
+        Raises:
+            MismatchError: They do.
+        """
+        if (self.round_folder(0) / ROUND_FILE).exists():
+            raise MismatchError(
+                f"{self.folder} holds the rounds of a training that began otherwise: from other weights, at another learning "
+                "rate or with rounds of another size.",
+                "the workdir of this very training, or a new one",
+                "give each training a workdir of its own, or delete the folder if its rounds are not wanted.",
+            )
+
     def records(self, num_rounds: int) -> list[dict[str, Any]]:
         """Return the records of the first rounds.
 
@@ -119,6 +133,7 @@ class RoundStore:
         """Keep what a refresh in the making has finished if it is of the same identity, and nothing else."""
         path = self.ranking_folder(index) / "identity.json"
         if not (path.exists() and read_json(path) == dict(identity)):
+            (self.round_folder(index) / ROUND_FILE).unlink(missing_ok=True)  # of the round that is made anew
             shutil.rmtree(self.ranking_folder(index), ignore_errors=True)
             write_json(path, dict(identity))
 
@@ -151,6 +166,7 @@ class RoundStore:
         import pyarrow.parquet as pq
 
         index = int(record["index"])
+        (self.round_folder(index) / ROUND_FILE).unlink(missing_ok=True)
         table = pa.table(
             {
                 "text_id": selection.text_ids,

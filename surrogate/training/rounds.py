@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from oracle.errors import InputError, InputTypeError, MismatchError, check_at_least
+from oracle.errors import InputError, InputTypeError, MismatchError, check_count
 from oracle.language_model import LanguageModel
 from surrogate.training.pool_texts import PoolTexts, collate
 from surrogate.training.refresher import Refresher
@@ -92,7 +92,7 @@ class Rounds:
             )
         sizes = {"every": every, "batch_size": batch_size, "max_steps": max_steps, "grad_accumulation": grad_accumulation}
         for name, value in sizes.items():
-            check_at_least(name, value, 1)
+            check_count(name, value)
         taken = sorted(set(loader_options or {}) & set(OWN_LOADER_OPTIONS))
         if taken:
             raise InputError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from oracle.errors import InputError, check_at_least
+from oracle.errors import InputError, check_at_least, check_count
 from surrogate.planning.costs import Decision, Expected
 from surrogate.planning.overhead import Overhead
 
@@ -46,11 +46,16 @@ class Schedule:
         Raises:
             InputError: One of them cannot be used.
         """
-        check_at_least("refresh_every", refresh_every, 1)
+        check_count("refresh_every", refresh_every)
+        for name, value in (("warmup_fraction", warmup_fraction), ("final_fraction", final_fraction)):
+            if value is not None:
+                check_at_least(name, value, 0)
+                if value > 1:
+                    raise InputError(f"{name}={value!r}.", "a share from 0 to 1", f"pass for example {name}=0.2.")
         if drift_threshold is not None and not 0 < drift_threshold <= 1:
             raise InputError(f"drift_threshold={drift_threshold!r}.", "a share above 0 and up to 1", "pass for example 0.8.")
         if num_rounds is not None:
-            check_at_least("num_rounds", num_rounds, 1)
+            check_count("num_rounds", num_rounds)
         if warmup_fraction and final_fraction is not None:
             raise InputError(
                 f"warmup_fraction={warmup_fraction!r} and final_fraction={final_fraction!r}.",
@@ -58,10 +63,10 @@ class Schedule:
                 "say either how much is trained on random texts first, or in how much at the end texts are selected.",
             )
         share = warmup_fraction if final_fraction is None else 1 - final_fraction
-        if not 0 <= share <= 1 or (share > 0 and num_rounds is None):
+        if share > 0 and num_rounds is None:
             raise InputError(
-                f"warmup_fraction={warmup_fraction!r}, final_fraction={final_fraction!r}, num_rounds={num_rounds!r}.",
-                "a share from 0 to 1, and the number of rounds",
+                f"warmup_fraction={warmup_fraction!r}, final_fraction={final_fraction!r}, and no number of rounds.",
+                "the number of rounds beside such a share",
                 "pass num_rounds=... beside it.",
             )
         first = math.ceil(share * (num_rounds or 0) - 1e-9)

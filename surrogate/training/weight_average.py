@@ -129,7 +129,7 @@ class WeightAverage:
             raise MissingFileError(
                 f"{folder} has no {AVERAGE_FILE}.",
                 "a checkpoint of a training with this running average",
-                "begin a new training, or leave the average out.",
+                "resume from the checkpoint before it (a kill while saving leaves one like this), or leave the average out.",
             )
         with safe_open(path, framework="pt") as stored:
             told = stored.metadata()

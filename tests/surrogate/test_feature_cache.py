@@ -12,7 +12,7 @@ import pytest
 
 from oracle.errors import InputError, MismatchError, NotFiniteError
 from oracle.plugins import option
-from oracle.texts import read_texts
+from oracle.texts import list_text_ids, read_texts
 from surrogate import feature_cache
 from surrogate.feature_cache import FeatureCache, encode_all
 from surrogate.features.hashed_ngrams import HashedNgrams
@@ -85,6 +85,15 @@ def test_only_missing_texts_are_encoded_and_order_and_repeats_follow_the_query(t
     np.testing.assert_array_equal(cache.features(encoder, query, cost=cost), Counting().encode(query))
     assert sorted(encoder.seen) == sorted([*STRINGS[:10], STRINGS[20], STRINGS[24]])
     assert cost["num_encoded"] == 2 and cost["flops"] == 20 and cost["seconds"] > 0
+
+
+def test_texts_of_others_in_a_shared_cache_cost_nothing(tmp_path, texts):
+    cache = FeatureCache(tmp_path)
+    cache.features(Counting(), texts)
+    own = list_text_ids(texts)[:5]
+    assert cache.cost(Counting())["num_encoded"] == 25
+    share = cache.cost(Counting(), [*own, "a text that is not there"])
+    assert share["num_encoded"] == pytest.approx(5) and 0 < share["flops"] < cache.cost(Counting())["flops"]
 
 
 def test_cost_is_added_to_what_is_there_and_a_hit_costs_nothing(tmp_path, texts):

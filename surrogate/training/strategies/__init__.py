@@ -7,8 +7,9 @@ A strategy is a keyword-only dataclass whose fields are its options, with
 - `redraws`: whether each round draws anew from the whole pool, whatever was trained on before;
 - `rank(context) -> Ranking`: a score for each of the candidates.
 
-and may have `reserved(text_ids, seed=)`: rows of the pool that are never trained on; `agreement_now(context, folder)`: how
-far an earlier ranking still holds; `sample_size`: the labels of a refresh, which the overhead may make fewer.
+and may have `is_blind = True`: its order is one at random; `reserved(text_ids, seed=)`: rows of the pool that are
+never trained on; `agreement_now(context, folder)`: how far an earlier ranking still holds; `sample_size`: the labels
+of a refresh, which the overhead may make fewer.
 
 The order and the budget are the refresher's: it selects the texts with the highest scores by its rule. What a strategy
 wants to find again (labels, a fitted predictor) it keeps in files of `context.folder`; later refreshes find the folders

@@ -29,6 +29,7 @@ class Random:
     plugin_name: ClassVar[str] = "random"
     needs_model: ClassVar[bool] = False
     needs_targets: ClassVar[bool] = False
+    is_blind: ClassVar[bool] = True
     adapts: ClassVar[bool] = False
     redraws: ClassVar[bool] = False
 

@@ -19,7 +19,7 @@ from surrogate.training.strategies import Ranking, RankingContext
 
 @dataclass(kw_only=True)
 class Rs2:
-    """A fresh random subset in every refresh, whatever was trained on before.
+    """A fresh random subset in every round, whatever was trained on before and however often others refresh.
 
     Paper:
         Okanovic et al. 2024, Repeated Random Sampling for Minimizing the Time-to-Accuracy of Learning, arXiv 2305.18424.
@@ -32,6 +32,7 @@ class Rs2:
     plugin_name: ClassVar[str] = "rs2"
     needs_model: ClassVar[bool] = False
     needs_targets: ClassVar[bool] = False
+    is_blind: ClassVar[bool] = True
     adapts: ClassVar[bool] = True
     redraws: ClassVar[bool] = True
 

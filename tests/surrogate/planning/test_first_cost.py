@@ -48,7 +48,7 @@ def test_features_of_the_live_model_cost_what_the_encoder_counts(world):
     own = ModelState(model=lm, targets=targets).flops(pool)
     for encoder in ("model_state", ModelState(model=lm, targets=targets)):
         assert expected_first(Refresh(encoder=[encoder]), pool, targets, lm=lm).once.flops == pytest.approx(own)
-    cascade = Refresh(second_encoder=["model_state"], second_share=0.2, sample_size=3, num_probe=0)
+    cascade = Refresh(second_encoder=["model_state"], second_share=0.2, sample_size=3, num_folds=3, num_probe=0)
     assert expected_first(cascade, pool, targets, lm=lm).once.flops == pytest.approx(own * 9 / 30)
 
 

@@ -216,9 +216,10 @@ def test_a_round_of_another_size_is_made_anew_and_later_ones_go(tmp_path: Path) 
     for _ in range(3):
         first.next_round(num_texts=20)
     second = counting(tmp_path)
+    assert second.next_round(num_texts=20).text_ids == first.round_at(0).text_ids
     assert len(second.next_round(num_texts=10).rows) == 10
-    assert not (tmp_path / "round-00001").exists()
-    assert len((tmp_path / "rounds.jsonl").read_text().splitlines()) == 1
+    assert not (tmp_path / "round-00002").exists()
+    assert len((tmp_path / "rounds.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -266,6 +267,88 @@ def test_scores_at_chance_are_not_selected_by(tmp_path: Path) -> None:
     assert strategy.asked == [0, 1, 2]  # what was labelled in vain is there for the next ranking, which draws another sample
     allowed = counting(tmp_path / "yes", Counting(at_chance=True), allow_low_fidelity=True).next_round(num_texts=10)
     assert allowed.record["failure"] is None and allowed.record["ranked_in_round"] == 0
+
+
+def test_rankings_at_chance_come_as_seldom_as_others_and_a_strategy_that_ranks_once_pays_once(tmp_path: Path) -> None:
+    often, once = Counting(at_chance=True), Once(at_chance=True)
+    records = []
+    for name, strategy in (("often", often), ("once", once)):
+        refresher = counting(tmp_path / name, strategy, refresh_every=2)
+        records += [refresher.next_round(num_texts=10).record for _ in range(5)]
+    assert often.asked == [0, 1, 2] and once.asked == [0]
+    assert "every 2 rounds" in records[1]["reason"] and "ranks once" in records[6]["reason"]
+    failing = Once(fails_at=(0,))
+    refresher = counting(tmp_path / "failing", failing)
+    assert [refresher.next_round(num_texts=10).record["refreshed"] for _ in range(3)] == [False, True, False]
+
+
+def test_rounds_at_random_differ_also_where_texts_may_come_again(tmp_path: Path) -> None:
+    refresher = counting(tmp_path, consume_once=False, warmup_fraction=0.75, num_rounds=8)
+    rounds = [set(refresher.next_round(num_texts=20).text_ids) for _ in range(6)]
+    assert {record["ranked_in_round"] for record in refresher.table()} == {-1}
+    assert len(set().union(*rounds)) > 80 and all(len(texts) == 20 for texts in rounds)
+
+
+def test_an_order_at_random_is_taken_as_it_stands_and_never_from_its_beginning_only(tmp_path: Path) -> None:
+    def seen(strategy: str) -> set[str]:
+        refresher = Refresher(POOL, workdir=tmp_path / strategy, strategy=strategy)
+        return {text_id for _ in range(4) for text_id in refresher.next_round(num_texts=30).text_ids}
+
+    assert len(seen("random")) == NUM_TEXTS  # the whole pool, once
+    assert 60 < len(seen("rs2")) < NUM_TEXTS
+    with pytest.raises(InputError, match="every round would show the same texts"):
+        Refresher(POOL, workdir=tmp_path / "again", strategy="random", consume_once=False)
+
+
+def test_the_mean_of_the_candidates_is_that_of_the_texts_still_there(tmp_path: Path) -> None:
+    refresher = counting(tmp_path, Once())
+    records = [refresher.next_round(num_texts=30).record for _ in range(3)]
+    means = [record["influence_candidates"]["x"] for record in records]
+    assert means[0] > means[1] > means[2]  # the best ones are gone
+    assert all(record["influence_selected"]["x"] > mean for record, mean in zip(records, means, strict=True))
+
+
+def test_a_workdir_of_a_training_that_began_elsewhere_is_refused_and_stays(tmp_path: Path) -> None:
+    options = {**REFRESH, "refresh_every": 2}
+    Refresher(POOL, TARGETS, workdir=tmp_path, **options).next_round(language_model(), num_texts=20)
+    before = (tmp_path / "round-00000/selection.parquet").read_bytes()
+    other, elsewhere = Refresher(POOL, TARGETS, workdir=tmp_path, **options), language_model()
+    train(elsewhere, read_texts(POOL[16:20]))
+    with pytest.raises(MismatchError, match="a training that began otherwise"):
+        other.next_round(elsewhere, num_texts=20)
+    assert (tmp_path / "round-00000/selection.parquet").read_bytes() == before
+    same = Refresher(POOL, TARGETS, workdir=tmp_path, **options)
+    assert same.next_round(language_model(), num_texts=20).record["refreshed"]
+
+
+def test_a_round_that_is_made_anew_is_not_taken_for_finished_meanwhile(tmp_path: Path) -> None:
+    class Killed(Counting):
+        def rank(self, context: RankingContext) -> Ranking:
+            assert not (context.folder.parent / "round.json").exists()
+            raise KeyboardInterrupt
+
+    refresher = counting(tmp_path)
+    refresher.next_round(num_texts=20)
+    refresher.next_round(num_texts=20)
+    again = counting(tmp_path, Killed())
+    again.load_state_dict({"num_rounds": 1, "chain": refresher.table()[0]["chain"]})
+    with pytest.raises(KeyboardInterrupt):
+        again.next_round(num_texts=10)
+    with pytest.raises(MissingFileError):
+        counting(tmp_path).load_state_dict(refresher.state_dict())
+
+
+def test_encoders_of_words_are_refused_for_token_ids_before_anything_is_paid(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a pool of token ids, and the encoder 'text_stats'"):
+        Refresher(POOL, TARGETS, workdir=tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_encoder_may_be_written_as_on_the_command_line(tmp_path: Path) -> None:
+    refresher = Refresher(POOL, TARGETS, workdir=tmp_path, **{**REFRESH, "encoder": "hashed_ngrams:dim=64"})
+    assert refresher.strategy.encoder[0].dim == 64
+    with pytest.raises(InputError, match="an object of it"):
+        Refresher(POOL, TARGETS, workdir=tmp_path, encoder="model_state:states=False")
 
 
 def test_the_overhead_forbids_a_refresh_and_says_why(tmp_path: Path) -> None:
@@ -342,12 +425,15 @@ def test_wrong_use_is_refused(tmp_path: Path) -> None:
         Refresher(POOL, TARGETS, workdir=tmp_path, rule_options={"combine": "c"})
     with pytest.raises(InputError, match="one of the two"):
         counting(tmp_path, warmup_fraction=0.1, final_fraction=0.2, num_rounds=10)
-    with pytest.raises(InputError, match="num_rounds=None"):
+    for wrong in ({"final_fraction": 20, "num_rounds": 5}, {"warmup_fraction": "0.2"}, {"refresh_every": 1.5}):
+        with pytest.raises(InputError, match=f"{next(iter(wrong))}="):
+            counting(tmp_path, **wrong)
+    with pytest.raises(InputError, match="no number of rounds"):
         counting(tmp_path, warmup_fraction=0.1)
     with pytest.raises(InputError, match="exactly one of the two"):
         counting(tmp_path).next_round(num_texts=1, num_tokens=1)
     with pytest.raises(InputError, match="looks at the live model"):
-        Refresher(POOL, TARGETS, workdir=tmp_path).next_round(num_texts=5)
+        Refresher(POOL, TARGETS, workdir=tmp_path, **REFRESH).next_round(num_texts=5)
 
 
 # ---------------------------------------------------------------------- with a model
@@ -473,7 +559,9 @@ def test_a_round_depends_on_how_texts_are_read(tmp_path: Path) -> None:
     lm = language_model()
     first = Refresher(POOL, workdir=tmp_path, strategy="loss").next_round(lm, num_texts=20)
     lm.max_tokens = 8
-    assert Refresher(POOL, workdir=tmp_path, strategy="loss").next_round(lm, num_texts=20).text_ids != first.text_ids
+    assert Refresher(POOL, workdir=tmp_path / "cut", strategy="loss").next_round(lm, num_texts=20).text_ids != first.text_ids
+    with pytest.raises(MismatchError, match="began otherwise"):
+        Refresher(POOL, workdir=tmp_path, strategy="loss").next_round(lm, num_texts=20)
     lm.max_tokens = 32
     assert Refresher(POOL, workdir=tmp_path, strategy="loss").next_round(lm, num_texts=20).text_ids == first.text_ids
 

@@ -12,9 +12,11 @@ import torch
 
 import oracle
 from oracle.errors import InputError, InputTypeError, MismatchError, MissingFileError, NotFiniteError
+from surrogate.scores import Scores
 from surrogate.training import Refresher, Rounds
 from surrogate.training.pool_texts import PoolTexts
 from surrogate.training.round_reports import RefreshFailedWarning, SmallPoolWarning, metrics_of
+from surrogate.training.strategies import Ranking
 from tests.surrogate.training.conftest import ByFingerprint
 
 
@@ -117,7 +119,7 @@ def test_each_step_trains_on_the_texts_of_its_round_and_on_each_of_them_once(mak
 
 
 def test_texts_come_again_when_that_is_wanted_or_when_the_pool_is_spent(make_module, pool, tmp_path):
-    again = Training(make_module, pool, tmp_path / "again", refresher_options={"consume_once": False}, strategy="random").run()
+    again = Training(make_module, pool, tmp_path / "again", refresher_options={"consume_once": False, "rule": "top"}).run()
     rounds = chosen(again)
     assert len({text_id for round_ in rounds for text_id in round_}) < sum(map(len, rounds))
     small = Training(make_module, pool[:20], tmp_path / "small").run()
@@ -221,6 +223,26 @@ def test_the_account_of_a_whole_training_is_written_down(make_module, pool, tmp_
     shown = sum(num_tokens[:12]) + training.rounds.feed._tokens_of(2) * 2 / 3
     assert account["trained"]["flops"] == pytest.approx(3 * training.rounds.lm.forward_flops_per_token * shown)
     assert account["is_kept"] is None and account["stages"]["rest"]["seconds"] > 0
+    # A training that has come to its end was as long as it was, not as long as the pool's mean text had made it out.
+    assert account["share_of_planned_training"] == pytest.approx(account["share_of_training_so_far"])
+
+
+def test_the_training_to_come_is_planned_by_the_texts_that_were_chosen(make_module, pool, tmp_path):
+    class Shortest(ByFingerprint):
+        def rank(self, context):
+            lengths = np.array([len(pool[row]["input_ids"]) for row in context.candidates], dtype=np.float32)
+            ids = [context.pool["text_id"][row] for row in context.candidates]
+            return Ranking(scores=Scores(-lengths[:, None], text_ids=ids, target_names=["x"]))
+
+    training = Training(make_module, pool, tmp_path, strategy=Shortest(), refresher_options={"rule": "top"})
+    planned = []
+    for _ in training.rounds:
+        if training.refresher.overhead.planned_flops not in planned:
+            planned.append(training.refresher.overhead.planned_flops)
+    shown = training.rounds.feed._tokens_before / 2  # of a round
+    per_token = 3 * training.rounds.lm.forward_flops_per_token
+    assert planned[0] > 1.3 * planned[1]  # the pool's mean; the first round's
+    assert planned[2] == pytest.approx(per_token * shown * 8 / 3, rel=1e-6)
 
 
 def test_a_pool_smaller_than_a_round_is_told_once(make_module, pool, tmp_path):
