@@ -137,7 +137,7 @@ def test_another_model_under_the_same_name_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(target_similarity, "_load_encoder", lambda name: Letters())
     rank(model="folder", workdir=tmp_path)
     monkeypatch.setattr(target_similarity, "_load_encoder", lambda name: Letters(shift=0.5))
-    with pytest.raises(MismatchError, match="inputs.encoder: stored"):
+    with pytest.raises(MismatchError, match=r"inputs\.encoder: stored"):
         rank(model="folder", workdir=tmp_path)
 
 
