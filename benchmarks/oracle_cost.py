@@ -10,6 +10,7 @@ seconds where there is no GPU (other jobs on the machine then count little), and
 from __future__ import annotations
 
 import io
+import math
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -155,8 +156,14 @@ def _method_rows(lm: LanguageModel, encoded, target_rows, *, turns: int) -> tupl
         begin = now()
         fit_factors(lm, texts, Path(folder) / "factors")
         fit_seconds = (now() - begin) / NUM_FITTED
-        options = {"grad_dot": {}, "two_forward": {}, "ekfac": {"factors": str(Path(folder) / "factors")}, "less": {}}
-        made = {name: plugins.create("oracle.methods", name, given) for name, given in options.items()}
+        options = {
+            "grad_dot": ("grad_dot", {}),
+            "two_forward": ("two_forward", {"tolerance": math.inf}),
+            "two_forward in forward mode": ("two_forward", {"tolerance": 0.0}),
+            "ekfac": ("ekfac", {"factors": str(Path(folder) / "factors")}),
+            "less": ("less", {}),
+        }
+        made = {name: plugins.create("oracle.methods", *given) for name, given in options.items()}
         with lm.preserved():
             for method in made.values():
                 method.prepare(lm, columns)

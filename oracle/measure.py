@@ -38,6 +38,7 @@ from oracle.targets import split_halves
 from oracle.texts import text_format
 
 METHODS = "oracle.methods"
+NUM_REHEARSED = 16  # texts of the sample, for methods that choose by them how to measure
 
 
 class UnlabelableTextWarning(UserWarning):
@@ -150,7 +151,7 @@ def _measure(task: LabelTask, identity: dict[str, Any], store: LabelStore, *, pr
             warn_of_fresh_adam(task.lm)
         encoded = None if task.lm is None else task.lm.encode(task.texts)
         with _model_preserved(task):
-            columns, cost = _prepare(task)
+            columns, cost = _prepare(task, encoded)
             check_divisible(task)
             num_measured = _measure_blocks(task, encoded, columns, store, processes=processes)
     shares = processes.gather(_Share([] if store.folder else store.blocks, store.seconds, num_measured))
@@ -193,8 +194,8 @@ def _model_preserved(task: LabelTask) -> Iterator[None]:
         yield
 
 
-def _prepare(task: LabelTask) -> tuple[TargetColumns | TextTargets, dict[str, Any]]:
-    """Do once what does not depend on the sample; return the target columns and what it cost."""
+def _prepare(task: LabelTask, encoded: list[EncodedText] | None) -> tuple[TargetColumns | TextTargets, dict[str, Any]]:
+    """Do once what comes before the sample is measured; return the target columns and what it cost."""
     lm, method = task.lm, task.method
     columns: TargetColumns | TextTargets
     seconds: list[float] = []
@@ -213,6 +214,10 @@ def _prepare(task: LabelTask) -> tuple[TargetColumns | TextTargets, dict[str, An
                 else TargetColumns(task.column_names, [], np.zeros(0), [], [], 0)
             )
             within_memory(partial(method.prepare, lm, columns), lm, columns, longest=0)
+            if hasattr(method, "rehearse") and encoded:
+                few = _spread_by_length(task, encoded, NUM_REHEARSED)
+                longest = max(len(text.input_ids) for text in few)
+                within_memory(partial(method.rehearse, few), lm, columns, longest=longest)
     return columns, {"prepare_seconds": round(seconds[0], 3), "prepare_flops": method.prepare_flops(columns)}
 
 
@@ -231,7 +236,7 @@ def _measure_blocks(
     num_texts, lm = len(task.text_ids), task.lm
     num_tokens, done = _count_tokens(task, encoded), store.done()
     size = num_texts if task.needs.whole_sample else task.block_size
-    order = sorted(range(num_texts), key=lambda row: (-np.nan_to_num(num_tokens[row]), task.text_ids[row]))
+    order = _longest_first(task, num_tokens)
     blocks = [order[start : start + size] for start in range(0, num_texts, size)]
     own = blocks[processes.rank :: processes.world_size]
     num_measured = 0
@@ -251,6 +256,18 @@ def _measure_blocks(
                 num_measured += len(rows)
             tracker.advance(len(block))
     return num_measured
+
+
+def _longest_first(task: LabelTask, num_tokens: np.ndarray) -> list[int]:
+    """Return the sample's rows, longest first, in an order that does not depend on theirs."""
+    return sorted(range(len(num_tokens)), key=lambda row: (-np.nan_to_num(num_tokens[row]), task.text_ids[row]))
+
+
+def _spread_by_length(task: LabelTask, encoded: list[EncodedText], count: int) -> list[EncodedText]:
+    """Return `count` texts of all lengths, whatever the sample's order."""
+    order = _longest_first(task, _count_tokens(task, encoded))
+    places = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
+    return [encoded[order[place]] for place in places]
 
 
 def _count_tokens(task: LabelTask, encoded: list[EncodedText] | None) -> np.ndarray:

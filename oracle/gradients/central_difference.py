@@ -14,9 +14,10 @@ also why the losses are finished in float64.
 
 The check. On the target's texts the differences have to add up to the ordinary gradient's product, and doubling e may
 change them by `TOLERANCE` at most. A direction that fails is refused: what is left is rounding, or a loss with kinks
-(ReLU), whose error falls with e alone. Then doubling e must not change the first block of the sample that has an influence.
-Which block that is depends on how many processes share the work and on where it is taken up again, so it decides over no
-label: a block that fails is told in a warning and in the labels' facts.
+(ReLU), whose error falls with e alone. Then a few texts of the sample are measured in forward mode too
+(`oracle.gradients.forward_mode`), which is exact and half as dear again. Where the differences are off by more than `tolerance`
+allows, forward mode measures the whole sample. It cannot where a model has an operation without a forward derivative; then
+doubling e must not change these texts by more than `TOLERANCE`, and a warning and the labels' facts tell where it does.
 
 Choices. A layer that routes tokens to its best experts makes the loss jump where the choice flips, and a jump over 2e
 is no derivative: on a trained mixture of 8 experts the plain difference was wrong by as much as the largest value.
@@ -26,7 +27,6 @@ So the choices of a pass at the weights themselves are held in the others, as an
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -48,7 +48,6 @@ AIM = 1.5e-4  # of the largest value, changed by doubling the step: a third of i
 FLOAT64_TOLERANCE = 1e-6  # met where all of a model computes in float64, else the steps of float32 are tried
 LARGEST_FACTOR = 4  # of h: the first step that is tried
 MAX_HALVINGS = 11  # where a loss is very flat, the step is long and bends a lot
-MIN_SHARE = 0.1  # of the target's own largest value: the least that errors in the first block are compared with
 
 
 class InexactDifferencesWarning(UserWarning):
@@ -127,7 +126,6 @@ class CentralDifference:
         self.num_directions = next(iter(directions.values())).shape[0]
         self.steps: list[Step] = []
         self.makes_choices = False
-        self.sample_error: float | None = None  # of the first block with an influence; relative to its largest value
         self.num_checked_tokens = 0  # padded tokens of the checks' forward passes; a backward pass counts as two
 
     @property
@@ -166,33 +164,21 @@ class CentralDifference:
             self.steps.append(best)
             return
         told = ", ".join(f"{step.error:.1e} with a step of {step.relative:.1e}" for step in tried)
-        raise self._inexact(f"on target set {name!r} itself", told)
+        raise self.inexact(f"on target set {name!r} itself", told)
 
-    def measure(self, encoded: Sequence[EncodedText]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the derivatives (B, K) and the losses (B,), the mean of all sides; the weights are set 2 K times.
-
-        The first block with an influence is measured with doubled steps too, and `InexactDifferencesWarning` tells where
-        that changes a value by more than `TOLERANCE`.
-        """
+    def measure(self, encoded: Sequence[EncodedText], *, factor: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Return the derivatives (B, K) by `factor` times the steps, and the losses (B,), the mean of all sides."""
         batches = list(self.lm.batches(encoded))
         held: list[AbstractContextManager[Any]] = [HeldChoices() if self.makes_choices else nullcontext() for _ in batches]
+        products, losses = np.zeros((len(encoded), self.num_directions)), np.zeros(len(encoded))
         with self._restored():
             if self.makes_choices:
                 self._token_losses(batches, held)
-            products, losses = self._block(batches, held, num_texts=len(encoded))
-            if self.sample_error is None:
-                self._check_sample(products, self._block(batches, held, num_texts=len(encoded), factor=2)[0])
-        return products, losses
-
-    def _block(
-        self, batches: Sequence[Batch], held: Sequence[AbstractContextManager[Any]], *, num_texts: int, factor: int = 1
-    ) -> tuple[np.ndarray, np.ndarray]:
-        products, losses = np.zeros((num_texts, self.num_directions)), np.zeros(num_texts)
-        for index, step in enumerate(self.steps):
-            sides = self._differences(batches, held, index, size=factor * step.size)
-            for batch, (slopes, means) in zip(batches, sides, strict=True):
-                products[batch.positions, index] = slopes.cpu().numpy()
-                losses[batch.positions] += means.cpu().numpy() / self.num_directions
+            for index, step in enumerate(self.steps):
+                sides = self._differences(batches, held, index, size=factor * step.size)
+                for batch, (slopes, means) in zip(batches, sides, strict=True):
+                    products[batch.positions, index] = slopes.cpu().numpy()
+                    losses[batch.positions] += means.cpu().numpy() / self.num_directions
         return products, losses
 
     # ------------------------------------------------------------------ the step and its check
@@ -239,24 +225,8 @@ class CentralDifference:
         of_sum = (near.sum() - slope).abs() / near.abs().sum().clamp_min(tiny)
         return float(largest), float(torch.maximum(of_step, of_sum))
 
-    def _check_sample(self, near: np.ndarray, far: np.ndarray) -> None:
-        """Compare the values (B, K) with those of twice the steps; a text whose loss is not finite is not judged here.
-
-        Texts without any influence (prompts whose targets were cut off) show nothing: a later block is then checked.
-        """
-        rows = np.isfinite(near).all(1) & np.isfinite(far).all(1)
-        if not (near[rows].any() or far[rows].any()):
-            return
-        near, far = near[rows], far[rows]
-        scale = np.maximum(np.abs(near).max(0), [MIN_SHARE * step.largest for step in self.steps])  # (K,)
-        error = float((np.abs(near - far).max(0) / scale).max())
-        if error > TOLERANCE:
-            steps = ", ".join(f"{step.relative:.1e}" for step in self.steps)
-            told = self._inexact("on the first block of the sample", f"{error:.1e} with steps of {steps}")
-            warnings.warn(str(told), InexactDifferencesWarning, stacklevel=3)
-        self.sample_error = error
-
-    def _inexact(self, where: str, told: str) -> InputError:
+    def inexact(self, where: str, told: str) -> InputError:
+        """Return the error that says where and by how much differences are off."""
         hint = (
             ", or pass a relative_step smaller than these, if their error falls with them"
             if self.relative is None
@@ -265,7 +235,8 @@ class CentralDifference:
         return InputError(
             f"differences of losses {where} are off by too much of the largest one: {told} of the norm of the weights.",
             f"an error of at most {TOLERANCE:g}, from doubling the step or from an ordinary gradient",
-            "switch autocast and TF32 off; load a model with kinks (ReLU) in float64; or use method='grad_dot'" + hint + ".",
+            "switch autocast and TF32 off; load a model with kinks (ReLU) in float64; pass tolerance=0, which takes no "
+            "differences; or use method='grad_dot'" + hint + ".",
         )
 
     # ------------------------------------------------------------------ passes

@@ -25,8 +25,12 @@ variables, which may be left out (`needs_of` has their defaults):
 - `needs_whole_sample = True`: `measure` gets the whole sample at once, because a text's value depends on the others.
   The sample then belongs to the identity of the labels: a grown sample is refused, not added to.
 
-and it may have a method `inputs()`: hashes of what its options only point to (files, other models), by name. They
-belong to the identity of the labels. It is asked before `prepare`.
+and it may have further methods:
+
+- `inputs()`: hashes of what its options only point to (files, other models), by name. They belong to the identity of the
+  labels. It is asked before `prepare`.
+- `rehearse(encoded)`: after `prepare`, a few texts of the sample, the same ones in every process, by which it chooses how
+  to measure them all.
 """
 
 from __future__ import annotations

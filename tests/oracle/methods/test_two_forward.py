@@ -1,4 +1,4 @@
-"""`two_forward` against `grad_dot`'s plain loop; what its step and its checks refuse."""
+"""`two_forward` against `grad_dot`'s plain loop; what its step and its checks refuse; when forward mode takes over."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from oracle.gradients.central_difference import (
     CentralDifference,
     HeldChoices,
     InexactDifferencesWarning,
-    Step,
 )
+from oracle.gradients.forward_mode import ForwardMode, NoForwardModeError
 from oracle.gradients.metric import prepare_directions
 from oracle.methods.two_forward import TwoForward
 from oracle.target_columns import prepare_targets
 from oracle.targets import read_targets
 
-FLOAT32_ERROR = (
-    1e-3  # of the largest value, where random weights and random texts make the sample's slopes flat beside a target's own
-)
+FLOAT32_ERROR = 1e-4  # of the largest value
+DIFFERENCES_ERROR = 1e-3  # where random weights and random texts make the sample's slopes flat beside a target's own
 
 
 @pytest.fixture
@@ -44,8 +43,8 @@ def make_lm(make_module, make_token_texts, make_adamw):
 def _both(lm, sample, targets, **options):
     """The labels, and those of one backward pass per text."""
     settings = {"halves": options.pop("halves", True), **options}
-    step = settings.pop("relative_step", None)
-    labels = oracle.label(lm, sample, targets, method="two_forward", relative_step=step, **settings)
+    own = {name: settings.pop(name) for name in ("relative_step", "tolerance") if name in settings}
+    labels = oracle.label(lm, sample, targets, method="two_forward", **own, **settings)
     return labels, oracle.label(lm, sample, targets, method="grad_dot", per_text=True, **settings)
 
 
@@ -76,26 +75,41 @@ def _trained(module):
     return lm
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("preconditioner", ["none", "adam"])
-@pytest.mark.parametrize("kind", ["gpt2", "neox", "llama", "qwen3", "mixtral"])
-def test_values_are_those_of_grad_dot(kind, preconditioner, make_lm, make_token_texts, targets):
-    labels, expected = _both(make_lm(kind), make_token_texts(20, seed=2), targets, preconditioner=preconditioner)
+@pytest.mark.parametrize("kind", ["gpt2", "neox", "llama", "qwen2", "qwen3", "mistral", "mixtral"])
+def test_values_are_those_of_grad_dot(kind, preconditioner, packing, make_lm, make_token_texts, targets):
+    lm = make_lm(kind)
+    lm.packing = packing
+    labels, expected = _both(lm, make_token_texts(20, seed=2), targets, preconditioner=preconditioner)
     assert _error(labels.values, expected.values) < FLOAT32_ERROR
-    assert _error(labels.halves[:, :, :1], expected.halves[:, :, :1]) < 2 * FLOAT32_ERROR  # "single" has no halves
-    assert min(spearman(labels.values[:, c], expected.values[:, c]) for c in range(2)) > 0.999
+    assert _error(labels.halves[:, :, :1], expected.halves[:, :, :1]) < FLOAT32_ERROR  # "single" has no halves
     assert labels.units == expected.units
     np.testing.assert_allclose(labels.columns["text_loss"], expected.columns["text_loss"], rtol=1e-5)
-    assert labels.meta["facts"]["first_block_relative_error"] < 5e-3
+    assert labels.meta["facts"]["forward_mode"]
+    assert labels.meta["facts"]["rehearsal_relative_error"] < 5e-3
+
+
+@pytest.mark.parametrize("preconditioner", ["none", "adam"])
+@pytest.mark.parametrize("kind", ["gpt2", "neox", "llama", "qwen3", "mixtral"])
+def test_differences_alone_keep_the_ranking(kind, preconditioner, make_lm, make_token_texts, targets):
+    sample = make_token_texts(20, seed=2)
+    labels, expected = _both(make_lm(kind), sample, targets, preconditioner=preconditioner, tolerance=np.inf)
+    assert _error(labels.values, expected.values) < DIFFERENCES_ERROR
+    assert _error(labels.halves[:, :, :1], expected.halves[:, :, :1]) < 2 * DIFFERENCES_ERROR
+    assert min(spearman(labels.values[:, c], expected.values[:, c]) for c in range(2)) > 0.999
+    np.testing.assert_allclose(labels.columns["text_loss"], expected.columns["text_loss"], rtol=1e-5)
+    assert not labels.meta["facts"]["forward_mode"]
     assert labels.meta["facts"]["holds_routing"] == (kind == "mixtral")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "neox", "llama"])
-def test_in_float32_a_trained_model_is_measured_more_exactly(kind, make_module):
+def test_differences_measure_a_trained_model_more_exactly(kind, make_module):
     lm = _trained(make_module(kind))
     targets = {"same": _chains(6, seed=7), "other": _chains(4, seed=8, rule=1)}
     for packing in (False, True):
         lm.packing = packing
-        labels, expected = _both(lm, _chains(40, seed=5), targets, halves=False)
+        labels, expected = _both(lm, _chains(40, seed=5), targets, halves=False, tolerance=np.inf)
         assert _error(labels.values, expected.values) < 2.5e-4
         assert max(labels.meta["facts"]["self_check_relative_errors"]) < central_difference.AIM
 
@@ -106,17 +120,20 @@ def test_in_float64_only_the_rounding_of_labels_is_left(kind, preconditioner, ma
     lm = make_lm(kind, dtype=torch.float64)
     labels, expected = _both(lm, make_token_texts(12, seed=2), targets, preconditioner=preconditioner)
     assert _error(labels.values, expected.values) < 1e-6
+    assert not labels.meta["facts"]["forward_mode"]
 
 
 def test_a_float64_model_with_layers_in_float32_takes_the_step_of_float32(make_lm, make_token_texts, targets):
-    labels, expected = _both(make_lm("llama", dtype=torch.float64), make_token_texts(12, seed=2), targets)
-    assert _error(labels.values, expected.values) < FLOAT32_ERROR
+    sample = make_token_texts(12, seed=2)
+    labels, expected = _both(make_lm("llama", dtype=torch.float64), sample, targets, tolerance=np.inf)
+    assert _error(labels.values, expected.values) < DIFFERENCES_ERROR
     assert min(labels.meta["facts"]["relative_steps"]) > 1e-5
 
 
 def test_the_error_falls_as_the_square_of_the_step(make_lm, make_token_texts, targets):
     lm, sample = make_lm("gpt2", dtype=torch.float64), make_token_texts(8, seed=2)
-    pairs = [_both(lm, sample, targets, preconditioner="none", relative_step=step) for step in (4e-4, 2e-4, 1e-4)]
+    options = {"preconditioner": "none", "tolerance": np.inf}
+    pairs = [_both(lm, sample, targets, relative_step=step, **options) for step in (4e-4, 2e-4, 1e-4)]
     errors = [_error(labels.values, expected.values) for labels, expected in pairs]
     assert errors[0] > 1e-5
     np.testing.assert_allclose([errors[0] / errors[1], errors[1] / errors[2]], 4.0, rtol=0.05)
@@ -183,7 +200,7 @@ def test_a_pattern_that_finds_no_layer_is_refused(make_lm, make_token_texts, tar
 
 def test_a_choice_of_experts_that_would_flip_is_held(make_lm, make_token_texts, targets, monkeypatch):
     lm, sample = make_lm("mixtral"), make_token_texts(20, seed=2)
-    options = {"preconditioner": "none", "relative_step": 6e-4}
+    options = {"preconditioner": "none", "relative_step": 6e-4, "tolerance": np.inf}
     labels, expected = _both(lm, sample, targets, **options)
     assert _error(labels.values, expected.values) < 5e-3
     monkeypatch.setattr(
@@ -236,46 +253,14 @@ def test_a_step_is_a_positive_number(step):
         TwoForward(relative_step=step)
 
 
-def test_kinks_are_noticed_on_the_sample_and_gone_in_float64(make_lm, make_token_texts, targets):
-    sample = make_token_texts(20, seed=2)
-    with pytest.warns(InexactDifferencesWarning, match=r"(?s)first block.*ReLU.*float64"):
-        found = oracle.label(make_lm("opt"), sample, targets, method="two_forward", preconditioner="none")
-    assert found.meta["facts"]["first_block_relative_error"] > TOLERANCE
-    labels, expected = _both(make_lm("opt", dtype=torch.float64), sample, targets, preconditioner="none")
-    assert _error(labels.values, expected.values) < FLOAT32_ERROR
-
-
-def test_a_block_of_texts_without_influence_is_no_failure(make_lm, make_token_texts):
-    lm = make_lm("neox")
-    columns = prepare_targets(lm, read_targets({"t": make_token_texts(4, seed=5)}, max_texts=None, seed=0), halves=False)
-    differences = CentralDifference(lm, prepare_directions(lm, columns).tensors)
-    differences.steps.append(Step(size=1.0, relative=1.0, largest=1.0, error=0.0))
-    differences._check_sample(np.array([[1e-5], [0.0]]), np.array([[2e-5], [0.0]]))
-    assert differences.sample_error == pytest.approx(1e-4)
-    with pytest.warns(InexactDifferencesWarning, match="first block"):
-        differences._check_sample(np.array([[1.0], [0.0]]), np.array([[1.01], [0.0]]))
-
-
-def test_what_is_labelled_does_not_depend_on_the_block_that_is_checked(make_lm, make_token_texts, targets, monkeypatch, tmp_path):
-    """A run that is taken up again checks a later block, and this one fails."""
-    lm, rows = make_lm("neox"), sorted(make_token_texts(9, seed=2), key=lambda row: -len(row["input_ids"]))
-    usual = oracle.label(lm, rows, targets, method="two_forward", block_size=3)
-    oracle.label(lm, rows[:3], targets, method="two_forward", block_size=3, workdir=tmp_path)
-    monkeypatch.setattr(central_difference, "TOLERANCE", usual.meta["facts"]["first_block_relative_error"] / 1e6)
-    monkeypatch.setattr(CentralDifference, "add_step", _unchecked_steps(CentralDifference.add_step))
-    with pytest.warns(InexactDifferencesWarning, match="first block"):
-        again = oracle.label(lm, rows, targets, method="two_forward", block_size=3, workdir=tmp_path)
-    assert again.take(usual.text_ids).values.tobytes() == usual.values.tobytes()
-    assert again.meta["facts"]["first_block_relative_error"] > central_difference.TOLERANCE
-
-
-def _unchecked_steps(add_step):
-    def add(differences, batch, *, name):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(central_difference, "TOLERANCE", 5e-3)
-            add_step(differences, batch, name=name)
-
-    return add
+def test_kinks_are_noticed_on_the_sample_and_gone_in_forward_mode_or_in_float64(make_lm, make_token_texts, targets):
+    sample, options = make_token_texts(20, seed=2), {"preconditioner": "none"}
+    with pytest.warns(InexactDifferencesWarning, match=r"(?s)on texts of the sample.*ReLU.*float64"):
+        found = oracle.label(make_lm("opt"), sample, targets, method="two_forward", tolerance=np.inf, **options)
+    assert found.meta["facts"]["rehearsal_relative_error"] > TOLERANCE
+    for lm in (make_lm("opt"), make_lm("opt", dtype=torch.float64)):
+        labels, expected = _both(lm, sample, targets, **options)
+        assert _error(labels.values, expected.values) < FLOAT32_ERROR
 
 
 def test_texts_whose_targets_were_cut_off_are_no_check(make_lm, make_token_texts, targets):
@@ -283,10 +268,12 @@ def test_texts_whose_targets_were_cut_off_are_no_check(make_lm, make_token_texts
     lm = make_lm("opt")
     cut = [{"input_ids": [*range(3, 72), i], "labels": [-100] * 69 + [5]} for i in range(3, 6)]
     rest = [{**row, "labels": row["input_ids"]} for row in make_token_texts(20, seed=2)]
-    with pytest.warns(InexactDifferencesWarning, match="first block"):
-        labels = oracle.label(lm, [*rest, *cut], targets, method="two_forward", preconditioner="none", block_size=3)
+    options = {"preconditioner": "none", "tolerance": np.inf}
+    with pytest.warns(InexactDifferencesWarning, match="on texts of the sample"):
+        labels = oracle.label(lm, [*rest, *cut], targets, method="two_forward", block_size=3, **options)
     assert not labels.values[-3:].any()
-    assert labels.meta["facts"]["first_block_relative_error"] > 0
+    alone = oracle.label(lm, cut, targets, method="two_forward", **options)
+    assert alone.meta["facts"]["rehearsal_relative_error"] == 0
 
 
 def test_passes_that_do_not_feel_the_weights_are_noticed(make_lm, make_token_texts, targets, monkeypatch):
@@ -324,9 +311,9 @@ def test_noise_that_cancels_in_the_sum_is_noticed(make_lm, make_token_texts, mon
 
 def test_a_step_over_which_the_loss_bends_is_made_smaller(make_lm, make_token_texts, targets, monkeypatch):
     lm, sample = make_lm("neox"), make_token_texts(8, seed=2)
-    usual = oracle.label(lm, sample, targets, method="two_forward")
+    usual = oracle.label(lm, sample, targets, method="two_forward", tolerance=np.inf)
     monkeypatch.setattr(central_difference, "LARGEST_FACTOR", 2**4 * central_difference.LARGEST_FACTOR)
-    again = oracle.label(lm, sample, targets, method="two_forward")
+    again = oracle.label(lm, sample, targets, method="two_forward", tolerance=np.inf)
     assert again.values.tobytes() == usual.values.tobytes()
     assert again.meta["cost"]["prepare_flops"] > usual.meta["cost"]["prepare_flops"]
 
@@ -338,7 +325,7 @@ def test_the_step_along_a_very_flat_loss_is_halved_further_before_it_is_refused(
         for parameter in module.parameters():
             parameter.mul_(0.03)
     lm, sample, target = oracle.LanguageModel(module, max_tokens=64), make_token_texts(8, seed=2), make_token_texts(6, seed=20)
-    labels, expected = _both(lm, sample, {"t": target})
+    labels, expected = _both(lm, sample, {"t": target}, tolerance=np.inf)
     assert _error(labels.values, expected.values) < 2 * TOLERANCE
     monkeypatch.setattr(central_difference, "MAX_HALVINGS", 8)
     with pytest.raises(InputError, match=r"(?s)'t' itself are off.*pass a relative_step smaller than these"):
@@ -356,6 +343,77 @@ def test_a_target_without_a_slope_is_refused_by_name(make_module, make_token_tex
     lm = oracle.LanguageModel(module, max_tokens=64)
     with pytest.raises(InputError, match="'several' is flat"):
         oracle.label(lm, make_token_texts(3, seed=2), targets, method="two_forward")
+
+
+# ---------------------------------------------------------------------- forward mode
+
+
+def test_differences_that_are_good_enough_are_kept(make_module):
+    """So the labels are those of differences alone, bit for bit."""
+    lm = _trained(make_module("neox"))
+    sample, targets = _chains(40, seed=5), {"same": _chains(6, seed=7)}
+    labels, expected = _both(lm, sample, targets, halves=False, tolerance=1e-3)
+    alone = oracle.label(lm, sample, targets, method="two_forward", halves=False, tolerance=np.inf)
+    assert not labels.meta["facts"]["forward_mode"]
+    assert labels.values.tobytes() == alone.values.tobytes()
+    assert 0 < _error(labels.values, expected.values) < 1e-3
+    error = labels.meta["facts"]["rehearsal_relative_error"]
+    for factor, is_exact in ((1.9, True), (2.1, False)):
+        labels = oracle.label(lm, sample, targets, method="two_forward", halves=False, tolerance=factor * error)
+        assert labels.meta["facts"]["forward_mode"] == is_exact
+
+
+def test_without_differences_no_step_is_chosen(make_lm, make_token_texts, targets):
+    lm = make_lm("opt")
+    labels, expected = _both(lm, make_token_texts(8, seed=2), targets, tolerance=0)
+    assert _error(labels.values, expected.values) < 1e-6
+    facts = labels.meta["facts"]
+    assert facts["forward_mode"] and facts["relative_steps"] == [] and facts["rehearsal_relative_error"] is None
+
+
+def test_a_model_without_a_forward_mode_is_measured_by_differences(make_lm, make_token_texts, targets, monkeypatch):
+    lm, sample = make_lm("neox"), make_token_texts(8, seed=2)
+    usual = oracle.label(lm, sample, targets, method="two_forward", tolerance=np.inf)
+
+    class NoTangent(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, inputs):
+            return inputs.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    lm.module.gpt_neox.final_layer_norm.register_forward_hook(lambda module, args, output: NoTangent.apply(output))
+    with pytest.raises(NoForwardModeError):
+        columns = prepare_targets(lm, read_targets(targets))
+        ForwardMode(lm, prepare_directions(lm, columns).tensors).measure(columns.batches[0], 0)
+    labels = oracle.label(lm, sample, targets, method="two_forward")
+    assert labels.values.tobytes() == usual.values.tobytes()
+    assert not labels.meta["facts"]["forward_mode"]
+    assert labels.meta["facts"]["rehearsal_relative_error"] == usual.meta["facts"]["rehearsal_relative_error"] > 0
+    with pytest.raises(InputError, match=r"(?s)tolerance=0.*no forward derivative.*tolerance=inf"):
+        oracle.label(lm, sample, targets, method="two_forward", tolerance=0)
+
+
+def test_what_is_rehearsed_does_not_depend_on_what_is_left_to_do(make_lm, make_token_texts, targets, tmp_path):
+    lm, rows = make_lm("neox"), sorted(make_token_texts(40, seed=2), key=lambda row: -len(row["input_ids"]))
+    settings = {"method": "two_forward", "block_size": 3}
+    usual = oracle.label(lm, rows, targets, **settings)
+    oracle.label(lm, rows[:3], targets, workdir=tmp_path, **settings)
+    again = oracle.label(lm, rows[::-1], targets, workdir=tmp_path, **settings).take(usual.text_ids)
+    assert again.values.tobytes() == usual.values.tobytes()
+    assert again.meta["facts"]["rehearsal_relative_error"] == usual.meta["facts"]["rehearsal_relative_error"]
+
+
+def test_fewer_texts_are_rehearsed_than_measured(make_lm, make_token_texts, targets, monkeypatch):
+    lm, seen = make_lm("neox"), []
+    rehearse = TwoForward.rehearse
+    monkeypatch.setattr(TwoForward, "rehearse", lambda method, encoded: (seen.append(encoded), rehearse(method, encoded)))
+    oracle.label(lm, make_token_texts(40, seed=2), targets, method="two_forward")
+    lengths = [len(text.input_ids) for text in seen[0]]
+    assert len(lengths) == 16 and lengths == sorted(lengths, reverse=True)
+    assert lengths[0] == max(len(row["input_ids"]) for row in make_token_texts(40, seed=2))
 
 
 # ---------------------------------------------------------------------- state and cost
@@ -406,12 +464,17 @@ def test_counted_flops_are_those_of_the_passes_made(kind, extra, halves, make_lm
     num_tokens = len(second[0].input_ids)
     assert len(seen) == (4 if halves else 2) + extra
     assert method.flops(num_tokens, columns) == sum(seen) * lm.forward_flops_per_token
+    method.uses_forward_mode_ = True
+    assert method.flops(num_tokens, columns) == (6 if halves else 3) * num_tokens * lm.forward_flops_per_token
 
 
 def test_one_direction_costs_two_thirds_of_grad_dot(make_lm, make_token_texts):
     lm, sample, targets = make_lm("neox"), make_token_texts(8, seed=2), {"t": make_token_texts(6, seed=5)}
-    labels, expected = _both(lm, sample, targets, halves=False)
+    labels, expected = _both(lm, sample, targets, halves=False, tolerance=np.inf)
     assert labels.meta["cost"]["label_flops"] == pytest.approx(expected.meta["cost"]["label_flops"] * 2 / 3)
     assert labels.meta["cost"]["prepare_flops"] > expected.meta["cost"]["prepare_flops"]
-    whole = oracle.label(lm, sample, targets, method="two_forward")
+    whole = oracle.label(lm, sample, targets, method="two_forward", tolerance=np.inf)
     assert whole.meta["cost"]["label_flops"] == 2 * labels.meta["cost"]["label_flops"]
+    exact = oracle.label(lm, sample, targets, method="two_forward", halves=False, tolerance=1e-6)
+    assert exact.meta["cost"]["label_flops"] == expected.meta["cost"]["label_flops"]
+    assert exact.meta["cost"]["prepare_flops"] > labels.meta["cost"]["prepare_flops"]
