@@ -209,7 +209,7 @@ def _mean_bytes(texts: Sequence[str]) -> float:
 
 
 def prediction(options: Any) -> Part:
-    """Measure rows per second and core from features in memory, beside what no surrogate of that shape can leave out."""
+    """Measure rows per second from features in memory, on one core and on all, beside what no such surrogate can leave out."""
     rng = np.random.default_rng(0)
     rows, figures = [], {}
     for num_columns in PREDICTED_COLUMNS:
@@ -231,13 +231,32 @@ def prediction(options: Any) -> Part:
                 seconds, _ = in_turns(jobs, options.turns)
             rates = {job: len(X) / statistics.median(taken) for job, taken in seconds.items()}
             over = statistics.median(b / a for a, b in zip(seconds["scores"], seconds["beside"], strict=True))
+            if isinstance(fitted, InfluenceNetwork):
+                rates["all cores"] = len(X) / _wall_seconds(jobs["scores"], options.turns)
             figures[f"{name}, {num_columns}"] = {"rows_per_second": rates, "beside": beside, "over_beside": over}
-            shown = [f"{rates[job]:,.0f}" if job in rates else "" for job in ("scores", "with spreads", "beside")]
-            rows.append([f"{name}, {num_columns} columns", *shown[:2], beside, shown[2], f"{over:.3f}"])
+            columns = ("scores", "with spreads", "all cores", "beside")
+            shown = [f"{rates[column]:,.0f}" if column in rates else "" for column in columns]
+            rows.append([f"{name}, {num_columns} columns", *shown[:3], beside, shown[3], f"{over:.3f}"])
     title = (
-        f"prediction: {options.prediction_rows:,} rows of features in memory, {options.targets} targets; rows per second and core"
+        f"prediction: {options.prediction_rows:,} rows of features in memory, {options.targets} targets; rows per second on one "
+        f"core, and by one call of predict on all {len(os.sched_getaffinity(0))} (wall-clock)"
     )
-    return title, ["", "scores", "with spreads", "beside", "its rate", "ratio"], rows, figures
+    return title, ["", "scores", "with spreads", "scores, all cores", "beside", "its rate", "ratio"], rows, figures
+
+
+def _wall_seconds(job: Callable[[], Any], turns: int) -> float:
+    """Return the median of a job's wall-clock seconds with as many threads as there are cores."""
+    num_threads, seconds = torch.get_num_threads(), []
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        job()  # warms up
+        for _ in range(turns):
+            begin = time.perf_counter()
+            job()
+            seconds.append(time.perf_counter() - begin)
+    finally:
+        torch.set_num_threads(num_threads)
+    return statistics.median(seconds)
 
 
 def _beside(name: str, fitted: Any, X: np.ndarray) -> tuple[str, Callable[[], Any]]:

@@ -43,11 +43,12 @@ from surrogate.models import (
 from surrogate.perceptron import Perceptron, PerceptronTraining
 from surrogate.scaling import LABEL_SCALES, FeatureScaler, LabelScaler, weighted_mean
 from surrogate.splits import grouped_holdout
+from surrogate.threads import each_on_one_thread
 
 if TYPE_CHECKING:
     from surrogate.network_amounts import NetworkAmounts
 
-ROWS_PER_BLOCK = 8192
+ROWS_PER_BLOCK = 2048  # scored at a time by a thread
 
 
 @dataclass(kw_only=True, eq=False)
@@ -188,7 +189,8 @@ class InfluenceNetwork:
     ) -> NDArray[np.float32] | tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return scores (B, C) in label units for features (B, D).
 
-        Members are averaged on the label scale, where one outlying member moves the mean least.
+        Members are averaged on the label scale, where one outlying member moves the mean least. As many blocks of rows are
+        scored at a time as torch has threads; the scores do not depend on their number.
 
         Args:
             X: Features (B, D).
@@ -197,14 +199,17 @@ class InfluenceNetwork:
         features = features_to_score(X, self.num_features_ if hasattr(self, "members_") else None)
         num_targets = len(self.intercept_)
         scores, spreads = np.zeros((2, len(features), num_targets), dtype=np.float32)
-        with _own_settings(), torch.no_grad():
+        with _own_settings():
             joint = self._joint_forward()
-            for start in range(0, len(features), ROWS_PER_BLOCK):
-                block = slice(start, start + ROWS_PER_BLOCK)
+
+        def score(block: slice) -> None:
+            with _own_settings(), torch.no_grad():
                 outputs = self._member_outputs(joint, features[block])  # (members, b, C)
-                scores[block] = self.from_label_scale(outputs.mean(axis=0))
-                if return_spread:
-                    spreads[block] = np.stack([self._label_scaler.inverse(output) for output in outputs]).std(axis=0)
+            scores[block] = self.from_label_scale(outputs.mean(axis=0))
+            if return_spread:
+                spreads[block] = np.stack([self._label_scaler.inverse(output) for output in outputs]).std(axis=0)
+
+        each_on_one_thread(score, [slice(start, start + ROWS_PER_BLOCK) for start in range(0, len(features), ROWS_PER_BLOCK)])
         return (scores, spreads) if return_spread else scores
 
     def from_label_scale(self, output: NDArray[np.float64]) -> NDArray[np.float32]:
