@@ -319,6 +319,7 @@ class Refresher:
         return str(self._records[-1]["chain"]) if self._records else ""
 
     def _stored(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+        self.store.hold()
         self.store.claim(self._options)
         record = self.store.stored(len(self._records), identity)
         if record is None and not self._records:

@@ -3,12 +3,16 @@
     refresher.json  rounds.jsonl  overhead.json  round-00003/{ranking/, selection.parquet, round.json}
 
 `round.json` is written last, so its existence means complete. A ranking in the making lies in `ranking/` with the identity
-of what it is made from, and is thrown away when that changes.
+of what it is made from, and is thrown away when that changes. A process that makes rounds holds `.lock` until it ends; the
+lock is one of the process and not of the open file, so that forked data workers do not keep it.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from oracle.artifacts import atomic_path, read_json, require_same, write_json
+from oracle.artifacts import atomic_path, read_json, require_same, storing, write_json
 from oracle.errors import MismatchError, MissingFileError
 from oracle.labels import Labels
 from surrogate.fidelity import Fidelity
@@ -66,6 +70,32 @@ class RoundStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._lock: int | None = None  # an open file: closing it would give the lock up
+
+    def hold(self) -> None:
+        """Keep other processes from making rounds here while this one lives; of file systems without locks, nothing.
+
+        Raises:
+            MismatchError: Another process makes rounds here now.
+        """
+        if self._lock is not None:
+            return
+        path = self.folder / ".lock"
+        with storing(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(number)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise MismatchError(
+                    f"another training that runs now makes its rounds in {self.folder}.",
+                    "a workdir that no other live process trains with",
+                    "give each training a workdir of its own, or wait for the other one to end.",
+                ) from error
+        else:
+            self._lock = number
 
     def claim(self, options: Mapping[str, Any]) -> None:
         """Keep the options of the run, or refuse those of another one.

@@ -1,0 +1,56 @@
+"""The folder of a refresher: one live process makes rounds in it, and its forked children do not keep it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from oracle.errors import MismatchError
+from surrogate.training.round_store import RoundStore
+
+HOLDER = """
+    import os, sys, time
+    from surrogate.training.round_store import RoundStore
+    store = RoundStore(sys.argv[1])
+    store.hold()
+    if len(sys.argv) > 2 and os.fork():
+        print("left", flush=True)
+        os._exit(0)
+    if len(sys.argv) == 2:
+        print("held", flush=True)
+    time.sleep(20)
+"""
+
+
+def _start(folder, *more):
+    command = [sys.executable, "-c", textwrap.dedent(HOLDER), str(folder), *more]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().strip() in ("held", "left")
+    return process
+
+
+def test_two_live_processes_do_not_make_rounds_in_one_folder(tmp_path):
+    other = _start(tmp_path / "rounds")
+    try:
+        with pytest.raises(MismatchError, match=r"(?s)another training that runs now.*workdir of its own"):
+            RoundStore(tmp_path / "rounds").hold()
+        RoundStore(tmp_path / "other").hold()
+    finally:
+        other.kill()
+        other.wait()
+    RoundStore(tmp_path / "rounds").hold()
+
+
+def test_a_child_of_a_dead_training_does_not_keep_the_folder(tmp_path):
+    parent = _start(tmp_path, "fork")
+    parent.wait(timeout=30)
+    RoundStore(tmp_path).hold()
+    parent.stdout.close()
+
+
+def test_one_process_may_open_a_folder_again(tmp_path):
+    first, second = RoundStore(tmp_path), RoundStore(tmp_path)
+    first.hold(), first.hold(), second.hold()
