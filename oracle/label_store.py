@@ -7,7 +7,7 @@ killed goes on where it stopped. The result takes the blocks' place at the end.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from oracle.artifacts import atomic_path, fingerprint, read_json, require_same, 
 from oracle.errors import InputError
 from oracle.labels import Labels, from_table, to_table
 
-IDENTITY_FILE = "identity.json"
+IDENTITY_FILE, CHOICE_FILE = "identity.json", "choice.json"
 COUNTED_BLOCKS = "counted_blocks"  # in meta.json: the blocks in the folder whose seconds `label_seconds` has already
 
 
@@ -53,10 +53,21 @@ class LabelStore:
         if not has_rows:
             with storing(folder / "blocks"):
                 shutil.rmtree(folder / "blocks", ignore_errors=True)  # seconds of a block that was never finished
+                (folder / CHOICE_FILE).unlink(missing_ok=True)
         write_json(folder / IDENTITY_FILE, self.identity)
 
     def _check_bound(self, folder: Path) -> None:
         require_same(read_json(folder / IDENTITY_FILE), self.identity, where=folder)
+
+    def choice(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return how a method chose to measure the texts of this folder, by `make` if it has not chosen yet."""
+        path = None if self.folder is None else self.folder / CHOICE_FILE
+        if path is not None and path.exists():
+            return read_json(path)
+        made = make()
+        if path is not None:
+            write_json(path, made)
+        return made
 
     def reload(self) -> None:
         """Read anew what lies in the folder, whichever process put it there."""

@@ -150,9 +150,12 @@ def _measure(task: LabelTask, identity: dict[str, Any], store: LabelStore, *, pr
         if task.lm is not None and _steps_as_optimizer(task) and processes.rank == 0:
             warn_of_fresh_adam(task.lm)
         encoded = None if task.lm is None else task.lm.encode(task.texts)
-        with _model_preserved(task):
-            columns, cost = _prepare(task, encoded)
+    with _model_preserved(task):
+        with processes.all_or_none():
+            columns, seconds = _prepare(task)
             check_divisible(task)
+        seconds += _rehearse(task, encoded, columns, store, processes=processes)
+        with processes.all_or_none():
             num_measured = _measure_blocks(task, encoded, columns, store, processes=processes)
     shares = processes.gather(_Share([] if store.folder else store.blocks, store.seconds, num_measured))
     labels = None
@@ -160,7 +163,12 @@ def _measure(task: LabelTask, identity: dict[str, Any], store: LabelStore, *, pr
         if processes.rank == 0:
             if processes.world_size > 1:
                 _join(task, store, shares)
-            cost |= {"num_measured_now": sum(share.num_measured for share in shares), **_label_cost(task, columns, store)}
+            cost = {
+                "prepare_seconds": round(seconds, 3),
+                "prepare_flops": task.method.prepare_flops(columns),
+                "num_measured_now": sum(share.num_measured for share in shares),
+                **_label_cost(task, columns, store),
+            }
             meta = {
                 **identity,
                 **_counts(task, encoded, num_truncated=columns.num_truncated if isinstance(columns, TargetColumns) else 0),
@@ -194,8 +202,8 @@ def _model_preserved(task: LabelTask) -> Iterator[None]:
         yield
 
 
-def _prepare(task: LabelTask, encoded: list[EncodedText] | None) -> tuple[TargetColumns | TextTargets, dict[str, Any]]:
-    """Do once what comes before the sample is measured; return the target columns and what it cost."""
+def _prepare(task: LabelTask) -> tuple[TargetColumns | TextTargets, float]:
+    """Do once what does not depend on the sample; return the target columns and the seconds it took."""
     lm, method = task.lm, task.method
     columns: TargetColumns | TextTargets
     seconds: list[float] = []
@@ -214,11 +222,30 @@ def _prepare(task: LabelTask, encoded: list[EncodedText] | None) -> tuple[Target
                 else TargetColumns(task.column_names, [], np.zeros(0), [], [], 0)
             )
             within_memory(partial(method.prepare, lm, columns), lm, columns, longest=0)
-            if hasattr(method, "rehearse") and encoded:
-                few = _spread_by_length(task, encoded, NUM_REHEARSED)
-                longest = max(len(text.input_ids) for text in few)
-                within_memory(partial(method.rehearse, few), lm, columns, longest=longest)
-    return columns, {"prepare_seconds": round(seconds[0], 3), "prepare_flops": method.prepare_flops(columns)}
+    return columns, seconds[0]
+
+
+def _rehearse(
+    task: LabelTask,
+    encoded: list[EncodedText] | None,
+    columns: TargetColumns | TextTargets,
+    store: LabelStore,
+    *,
+    processes: Processes,
+) -> float:
+    """Let a method that chooses how to measure choose by a few texts of all lengths; return the seconds it took."""
+    lm, method = task.lm, task.method
+    if not hasattr(method, "rehearse") or not encoded or lm is None or isinstance(columns, TextTargets):
+        return 0.0
+    order = _longest_first(task, _count_tokens(task, encoded))
+    places = np.linspace(0, len(order) - 1, min(NUM_REHEARSED, len(order))).round().astype(int)
+    few = [encoded[order[place]] for place in places]
+    rehearse = partial(method.rehearse, few)
+    longest = max(len(text.input_ids) for text in few)
+    seconds: list[float] = []
+    with timed(seconds.append):
+        method.choose(processes.on_first(lambda: store.choice(partial(within_memory, rehearse, lm, columns, longest=longest))))
+    return seconds[0]
 
 
 def _measure_blocks(
@@ -261,13 +288,6 @@ def _measure_blocks(
 def _longest_first(task: LabelTask, num_tokens: np.ndarray) -> list[int]:
     """Return the sample's rows, longest first, in an order that does not depend on theirs."""
     return sorted(range(len(num_tokens)), key=lambda row: (-np.nan_to_num(num_tokens[row]), task.text_ids[row]))
-
-
-def _spread_by_length(task: LabelTask, encoded: list[EncodedText], count: int) -> list[EncodedText]:
-    """Return `count` texts of all lengths, whatever the sample's order."""
-    order = _longest_first(task, _count_tokens(task, encoded))
-    places = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
-    return [encoded[order[place]] for place in places]
 
 
 def _count_tokens(task: LabelTask, encoded: list[EncodedText] | None) -> np.ndarray:

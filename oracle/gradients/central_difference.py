@@ -14,10 +14,7 @@ also why the losses are finished in float64.
 
 The check. On the target's texts the differences have to add up to the ordinary gradient's product, and doubling e may
 change them by `TOLERANCE` at most. A direction that fails is refused: what is left is rounding, or a loss with kinks
-(ReLU), whose error falls with e alone. Then a few texts of the sample are measured in forward mode too
-(`oracle.gradients.forward_mode`), which is exact and half as dear again. Where the differences are off by more than `tolerance`
-allows, forward mode measures the whole sample. It cannot where a model has an operation without a forward derivative; then
-doubling e must not change these texts by more than `TOLERANCE`, and a warning and the labels' facts tell where it does.
+(ReLU), whose error falls with e alone, or forward passes that do not feel all the weights.
 
 Choices. A layer that routes tokens to its best experts makes the loss jump where the choice flips, and a jump over 2e
 is no derivative: on a trained mixture of 8 experts the plain difference was wrong by as much as the largest value.
@@ -39,7 +36,7 @@ from torch.overrides import TorchFunctionMode
 
 from oracle.encoding import IGNORED, Batch, EncodedText
 from oracle.errors import InputError
-from oracle.gradients.products import dot_in_blocks
+from oracle.gradients.forward_mode import summed_slope
 from oracle.language_model import LanguageModel
 
 PRECISIONS = (torch.float32, torch.float64)  # in a coarser one, rounding eats most of a step that is small enough
@@ -48,6 +45,10 @@ AIM = 1.5e-4  # of the largest value, changed by doubling the step: a third of i
 FLOAT64_TOLERANCE = 1e-6  # met where all of a model computes in float64, else the steps of float32 are tried
 LARGEST_FACTOR = 4  # of h: the first step that is tried
 MAX_HALVINGS = 11  # where a loss is very flat, the step is long and bends a lot
+
+
+class InexactDifferencesError(InputError):
+    """No step that was tried is exact enough on a target's own texts."""
 
 
 class InexactDifferencesWarning(UserWarning):
@@ -141,7 +142,8 @@ class CentralDifference:
             name: The target's name, for errors.
 
         Raises:
-            InputError: The direction is zero, or no step that was tried passes the check.
+            InexactDifferencesError: No step that was tried passes the check.
+            InputError: The direction is zero.
         """
         index = len(self.steps)
         length = _norm([direction[index] for direction in self.directions.values()])
@@ -186,15 +188,10 @@ class CentralDifference:
     def _slope(self, batch: Batch, index: int) -> tuple[float, HeldChoices]:
         """Return <grad of the texts' summed loss, D> by one backward pass, and the choices made on the way."""
         held = HeldChoices()
-        with held, torch.enable_grad():
-            loss = self.lm.text_losses(batch, reduction=self.reduction).sum()
-        gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
+        with held:
+            slope = summed_slope(self.lm, batch, self.directions, index, reduction=self.reduction)
         self.num_checked_tokens += 3 * math.prod(batch.model_shape)
         self.makes_choices |= bool(held.choices)
-        slope = 0.0
-        for direction, gradient in zip((self.directions[name] for name in self.parameters), gradients, strict=True):
-            if gradient is not None:
-                slope += float(dot_in_blocks(gradient.reshape(1, -1), direction[index].to(gradient.dtype).reshape(1, -1)))
         return slope, held
 
     def _candidates(self, batch: Batch, slope: float, whole: float, tried: list[Step]) -> Iterator[tuple[float, float]]:
@@ -225,14 +222,14 @@ class CentralDifference:
         of_sum = (near.sum() - slope).abs() / near.abs().sum().clamp_min(tiny)
         return float(largest), float(torch.maximum(of_step, of_sum))
 
-    def inexact(self, where: str, told: str) -> InputError:
+    def inexact(self, where: str, told: str) -> InexactDifferencesError:
         """Return the error that says where and by how much differences are off."""
         hint = (
             ", or pass a relative_step smaller than these, if their error falls with them"
             if self.relative is None
             else ", or leave relative_step out, and a rule chooses the step"
         )
-        return InputError(
+        return InexactDifferencesError(
             f"differences of losses {where} are off by too much of the largest one: {told} of the norm of the weights.",
             f"an error of at most {TOLERANCE:g}, from doubling the step or from an ordinary gradient",
             "switch autocast and TF32 off; load a model with kinks (ReLU) in float64; pass tolerance=0, which takes no "

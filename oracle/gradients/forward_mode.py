@@ -6,7 +6,8 @@ one, as many as a forward and backward pass, and nothing is kept for later. What
 choice of experts, is held.
 
 Attention is computed by its plain formula, and the experts of a layer one after the other: the fused kernels of either have
-no forward derivative.
+no forward derivative. Other operations without one raise, or, as custom operators do, pass no tangent on and say nothing; so
+the derivatives of a batch are added up and compared with an ordinary gradient before any is believed.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from oracle.encoding import IGNORED, Batch
+from oracle.gradients.products import dot_in_blocks
 from oracle.language_model import LanguageModel
 
 PASSES = 3  # forward passes' worth of products per direction
+TOLERANCE = 1e-4  # of the sum of the derivatives' sizes; rounding leaves 1e-6 in float32
+COARSE_TOLERANCE = 2e-2  # where there are weights in a coarser precision
 
 
 class NoForwardModeError(Exception):
-    """An operation of the model has no forward derivative."""
+    """An operation of the model has no forward derivative, or a wrong one."""
 
 
 class ForwardMode:
@@ -64,6 +68,35 @@ class ForwardMode:
             raise NoForwardModeError("the losses carry no tangent")
         num_losses = (batch.labels[:, 1:] != IGNORED).sum(1).clamp_min(1) if self.reduction == "mean" else 1
         return tangents.double().sum(1) / num_losses, losses.double().sum(1) / num_losses
+
+    def check(self, batch: Batch, index: int) -> None:
+        """Compare the sum of a batch's derivatives with one ordinary gradient's product.
+
+        Raises:
+            NoForwardModeError: They differ, or there is no forward mode at all.
+        """
+        along, _ = self.measure(batch, index)
+        slope = summed_slope(self.lm, batch, self.directions, index, reduction=self.reduction)
+        error = abs(float(along.sum()) - slope) / max(float(along.abs().sum()), abs(slope), torch.finfo(torch.float32).tiny)
+        fine = (torch.float32, torch.float64)
+        is_fine = all(parameter.dtype in fine for parameter in self.lm.module.parameters())
+        if not error <= (TOLERANCE if is_fine else COARSE_TOLERANCE):
+            raise NoForwardModeError(
+                f"derivatives in forward mode miss those of an ordinary gradient by {error:.1e} of their size"
+            )
+
+
+def summed_slope(lm: LanguageModel, batch: Batch, directions: dict[str, Tensor], index: int, *, reduction: str) -> float:
+    """Return <grad of the texts' summed loss, D> along direction `index` by one backward pass."""
+    parameters = {name: p for name, p in lm.module.named_parameters() if name in directions}
+    with torch.enable_grad():
+        loss = lm.text_losses(batch, reduction=reduction).sum()
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    slope = 0.0
+    for name, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            slope += float(dot_in_blocks(gradient.reshape(1, -1), directions[name][index].to(gradient.dtype).reshape(1, -1)))
+    return slope
 
 
 class _TokenLosses(nn.Module):

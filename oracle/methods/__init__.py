@@ -29,8 +29,9 @@ and it may have further methods:
 
 - `inputs()`: hashes of what its options only point to (files, other models), by name. They belong to the identity of the
   labels. It is asked before `prepare`.
-- `rehearse(encoded)`: after `prepare`, a few texts of the sample, the same ones in every process, by which it chooses how
-  to measure them all.
+- `rehearse(encoded)` and `choose(choice)`: after `prepare`, the first process rehearses a few texts of the sample and returns
+  by JSON values how all of them are to be measured; every process then takes up that choice, and so does every later call
+  that goes on with the same folder.
 """
 
 from __future__ import annotations

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
-from oracle.encoding import EncodedText
+from oracle.encoding import Batch, EncodedText
 from oracle.errors import InputError, check_at_least, check_choice
 from oracle.gradients.central_difference import (
     TOLERANCE,
     CentralDifference,
+    InexactDifferencesError,
     InexactDifferencesWarning,
     check_precision,
 )
@@ -53,11 +55,12 @@ class TwoForward:
         column's largest value. In float32 rounding leaves 2e-5 to 1e-4 on trained models of a million parameters and up to
         1e-3 where the sample's values are small beside those of the target's own texts. Forward mode leaves 5e-7.
 
-    Units and sign are those of `grad_dot`. A step that is inexact on the target's own texts is refused. Then 16 texts of the
-    sample are measured in both ways, and where differences are off by more than half of `tolerance`, all of the sample is
-    measured in forward mode (facts: `forward_mode`, `rehearsal_relative_error`). Use `grad_dot` where its batched way covers
-    the model and there are several target sets or halves; use this one for a model that is not covered, or for one target
-    set.
+    Units and sign are those of `grad_dot`. Forward mode is believed where it agrees with an ordinary gradient of target texts. It
+    measures all of the sample where no step is exact enough on the target's own texts, or where differences are off by more
+    than half of `tolerance` on 16 texts of the sample that are measured in both ways (facts: `forward_mode`,
+    `rehearsal_relative_error`); a folder of labels keeps to the way that was chosen first. Use `grad_dot` where its batched
+    way covers the model and there are several target sets or halves; use this one for a model that is not covered, or for one
+    target set.
     """
 
     plugin_name: ClassVar[str] = "two_forward"
@@ -100,103 +103,160 @@ class TwoForward:
         """Measure and precondition the target gradients; choose a step along each and check it on its own texts."""
         self.lm_, self.columns_ = lm, columns
         with only_trainable(lm.module, match_parameters(lm.module, self.layers)):
-            check_precision({name: p for name, p in lm.module.named_parameters() if p.requires_grad})
+            if self.tolerance > 0:
+                check_precision({name: p for name, p in lm.module.named_parameters() if p.requires_grad})
             self.directions_: Directions = prepare_directions(lm, columns, preconditioner=self.preconditioner)
         self.forward_mode_ = ForwardMode(lm, self.directions_.tensors, reduction=self.text_loss)
-        self.uses_forward_mode_, self.num_rehearsed_tokens_ = self.tolerance == 0, 0
+        self.num_directions_ = next(iter(self.directions_.tensors.values())).shape[0]
+        self.differences_: CentralDifference | None = None
         self.rehearsal_error_: float | None = None
-        self.differences_ = CentralDifference(lm, self.directions_.tensors, reduction=self.text_loss, relative=self.relative_step)
-        for part, target in enumerate(columns.parts):
-            own = [batch for batch, owner in zip(columns.batches, columns.batch_parts, strict=True) if owner == part]
-            middle = own[len(own) // 2]  # batches are in the order of length
-            if not self.uses_forward_mode_:
-                self.differences_.add_step(middle, name=columns.names[target])
-        if self.uses_forward_mode_:
-            self._check_forward_mode(columns)
+        self.num_checked_tokens_ = 0
+        try:
+            self.differences_ = self._exact_differences() if self.tolerance > 0 else None
+        except InexactDifferencesError:
+            if math.isinf(self.tolerance) or not self._has_forward_mode():
+                raise
+        if self.tolerance == 0:
+            self._check_forward_mode()
 
-    def rehearse(self, encoded: Sequence[EncodedText]) -> None:
+    def rehearse(self, encoded: Sequence[EncodedText]) -> dict[str, Any]:
         """Choose between differences and forward mode by a few texts of the sample.
 
-        A model without a forward mode is measured by differences, and `InexactDifferencesWarning` tells where twice the steps
-        change these texts by more than 5e-3.
+        A model without a forward mode, or without the memory for it, is measured by differences, and
+        `InexactDifferencesWarning` tells where twice the steps change these texts by more than 5e-3.
         """
-        if self.uses_forward_mode_:
-            return
+        if self.differences_ is None:
+            return {"forward_mode": True, "error": None}
         near, _ = self.differences_.measure(encoded)
-        try:
-            exact = None if math.isinf(self.tolerance) else self._in_forward_mode(encoded)[0]
-        except NoForwardModeError:
-            exact = None
+        exact = None if math.isinf(self.tolerance) or not self._has_forward_mode() else self._one_by_one(encoded)
         other = self.differences_.measure(encoded, factor=2)[0] if exact is None else exact
-        passes = (
-            2 * self.differences_.passes_per_text if exact is None else self._passes_per_text(False) + self._passes_per_text(True)
-        )
-        self.num_rehearsed_tokens_ = passes * sum(len(text.input_ids) for text in encoded)
-        self.rehearsal_error_ = error = _largest_error(near, other)
-        self.uses_forward_mode_ = exact is not None and error > self.tolerance / MARGIN
+        passes = 2 * self._passes_per_text(False) if exact is None else self._passes_per_text(False) + self._passes_per_text(True)
+        self.num_checked_tokens_ += passes * sum(len(text.input_ids) for text in encoded)
+        error = _largest_error(near, other)
         if exact is None and error > TOLERANCE:
             steps = ", ".join(f"{step.relative:.1e}" for step in self.differences_.steps)
             told = self.differences_.inexact("on texts of the sample", f"{error:.1e} with steps of {steps}")
             warnings.warn(str(told), InexactDifferencesWarning, stacklevel=2)
+        return {"forward_mode": exact is not None and error > self.tolerance / MARGIN, "error": error}
+
+    def choose(self, choice: dict[str, Any]) -> None:
+        """Take up what `rehearse` returned, here, in another process or for an earlier sample."""
+        self.rehearsal_error_ = choice["error"]
+        if choice["forward_mode"]:
+            self.differences_ = None  # and the copy of the weights with it
 
     def measure(self, encoded: Sequence[EncodedText]) -> Measured:
         """Measure the texts along every direction, in as many batches as fit."""
-        products, losses = self._in_forward_mode(encoded) if self.uses_forward_mode_ else self.differences_.measure(encoded)
+        if self.differences_ is None:
+            products, losses = self._in_forward_mode(self.lm_.batches(encoded), len(encoded))
+        else:
+            products, losses = self.differences_.measure(encoded)
         products *= 1.0 if self.directions_.step_size is None else self.directions_.step_size  # (B, K)
         return Measured(self.columns_.combine(products), self.columns_.halves(products), {"text_loss": losses})
 
-    def _check_forward_mode(self, columns: TargetColumns) -> None:
+    # ------------------------------------------------------------------ choosing
+
+    def _exact_differences(self) -> CentralDifference:
+        directions = self.directions_.tensors
+        differences = CentralDifference(self.lm_, directions, reduction=self.text_loss, relative=self.relative_step)
         try:
-            self.forward_mode_.measure(columns.batches[0], 0)
+            for part, batch in enumerate(self._own_batches()):
+                differences.add_step(batch, name=self.columns_.names[self.columns_.parts[part]])
+        finally:
+            self.num_checked_tokens_ += differences.num_checked_tokens
+        return differences
+
+    def _own_batches(self) -> list[Batch]:
+        """Return a batch of each direction's own target texts, of middling length."""
+        columns = self.columns_
+        own = [
+            [batch for batch, owner in zip(columns.batches, columns.batch_parts, strict=True) if owner == part]
+            for part in range(self.num_directions_)
+        ]
+        return [batches[len(batches) // 2] for batches in own]  # they are in the order of length
+
+    def _check_forward_mode(self) -> None:
+        try:
+            self._compare_with_gradients()
         except NoForwardModeError as error:
             raise InputError(
-                f"tolerance=0, and the model has an operation with no forward derivative: {error}",
+                f"tolerance=0, and the model cannot be measured in forward mode: {error}.",
                 "a model of operations that torch differentiates in forward mode (custom kernels often lack it)",
                 "load the model with attn_implementation='sdpa' or 'eager', or pass tolerance=inf, which takes differences.",
             ) from error
 
-    def _in_forward_mode(self, encoded: Sequence[EncodedText]) -> tuple[np.ndarray, np.ndarray]:
+    def _has_forward_mode(self) -> bool:
+        try:
+            self._compare_with_gradients()
+        except (NoForwardModeError, torch.OutOfMemoryError):
+            return False
+        return True
+
+    def _compare_with_gradients(self) -> None:
+        for index, batch in enumerate(self._own_batches()):
+            self.num_checked_tokens_ += (PASSES + 3) * math.prod(batch.model_shape)
+            self.forward_mode_.check(batch, index)
+
+    def _one_by_one(self, encoded: Sequence[EncodedText]) -> np.ndarray | None:
+        """Return derivatives (B, K) in forward mode, with as little memory as it takes; None where that is too much."""
+        batches = self.lm_.batches(encoded, batch_tokens=1)
+        try:
+            return self._in_forward_mode(batches, len(encoded))[0]
+        except torch.OutOfMemoryError:
+            return None
+
+    def _in_forward_mode(self, batches: Iterable[Batch], num_texts: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the derivatives (B, K) and the losses (B,)."""
-        products, losses = np.zeros((len(encoded), self.differences_.num_directions)), np.zeros(len(encoded))
-        for batch in self.lm_.batches(encoded):
-            for index in range(products.shape[1]):
+        products, losses = np.zeros((num_texts, self.num_directions_)), np.zeros(num_texts)
+        for batch in batches:
+            for index in range(self.num_directions_):
                 along, own = self.forward_mode_.measure(batch, index)
                 products[batch.positions, index], losses[batch.positions] = along.cpu().numpy(), own.cpu().numpy()
         return products, losses
 
+    # ------------------------------------------------------------------ what is told
+
     def _passes_per_text(self, uses_forward_mode: bool) -> int:
-        differences = self.differences_
-        return PASSES * differences.num_directions if uses_forward_mode else differences.passes_per_text
+        """What a text costs, in forward passes."""
+        if uses_forward_mode or self.differences_ is None:
+            return PASSES * self.num_directions_
+        return self.differences_.passes_per_text
 
     def facts(self) -> dict[str, Any]:
-        """The step along each direction, and what doubling it changes on the target's own texts and on a first block."""
+        """How texts were measured, how exact differences were on a few of them, and the steps that were taken."""
+        differences = self.differences_
+        steps = [] if differences is None else differences.steps
         return {
-            "relative_steps": [step.relative for step in self.differences_.steps],
-            "self_check_relative_errors": [step.error for step in self.differences_.steps],
+            "forward_mode": differences is None,
             "rehearsal_relative_error": self.rehearsal_error_,
-            "forward_mode": self.uses_forward_mode_,
+            "relative_steps": [step.relative for step in steps],
+            "self_check_relative_errors": [step.error for step in steps],
             "covered_parameters": sum(direction[0].numel() for direction in self.directions_.tensors.values()),
             "parameters": self.lm_.num_parameters,
-            "holds_routing": self.differences_.makes_choices,
-            "forward_passes_per_text": self._passes_per_text(self.uses_forward_mode_),
+            "holds_routing": differences is not None and differences.makes_choices,
+            "cost_in_forward_passes": self._passes_per_text(differences is None),
             "preconditioner_used": "adam" if self.directions_.is_adam else "none",
             "step_size": self.directions_.step_size,
         }
 
     def prepare_flops(self, columns: TargetColumns) -> float:
-        """Counted FLOPs of `prepare`: one forward and backward pass over all target sets, and the checks."""
-        checked = self.differences_.num_checked_tokens + self.num_rehearsed_tokens_
-        return self.lm_.forward_flops_per_token * (3 * columns.num_tokens + checked)
+        """Counted FLOPs before the sample: one forward and backward pass over all target sets, the checks, the rehearsal."""
+        return self.lm_.forward_flops_per_token * (3 * columns.num_tokens + self.num_checked_tokens_)
 
     def flops(self, num_tokens: int, columns: TargetColumns) -> float:
         """Counted FLOPs for one text of `num_tokens`, the target gradients and the rehearsal left out."""
-        return self._passes_per_text(self.uses_forward_mode_) * self.lm_.forward_flops_per_token * num_tokens
+        return self._passes_per_text(self.differences_ is None) * self.lm_.forward_flops_per_token * num_tokens
 
 
 def _largest_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """Return the largest difference of a column of (B, K), relative to its largest value; texts with NaN are left out."""
-    rows = np.isfinite(found).all(1) & np.isfinite(expected).all(1)
+    """Return the largest difference of a column of (B, K), relative to its largest value.
+
+    Texts for which neither is finite are left out; a value that only one has is infinitely far off, as is one beside zeros.
+    """
+    rows = np.isfinite(found).any(1) | np.isfinite(expected).any(1)
     found, expected = found[rows], expected[rows]
+    if not (np.isfinite(found).all() and np.isfinite(expected).all()):
+        return math.inf if np.isfinite(expected).all() else 0.0
     scale = np.abs(expected).max(0, initial=0.0)
     off = np.abs(found - expected).max(0, initial=0.0)
-    return float(np.divide(off, scale, out=np.zeros_like(off), where=scale > 0).max(initial=0.0))
+    return float(np.divide(off, scale, out=np.where(off > 0, np.inf, 0.0), where=scale > 0).max(initial=0.0))

@@ -43,12 +43,11 @@ from surrogate.models import (
 from surrogate.perceptron import Perceptron, PerceptronTraining
 from surrogate.scaling import LABEL_SCALES, FeatureScaler, LabelScaler, weighted_mean
 from surrogate.splits import grouped_holdout
-from surrogate.threads import each_on_one_thread
 
 if TYPE_CHECKING:
     from surrogate.network_amounts import NetworkAmounts
 
-ROWS_PER_BLOCK = 2048  # scored at a time by a thread
+ROWS_PER_BLOCK = 4096
 
 
 @dataclass(kw_only=True, eq=False)
@@ -189,8 +188,7 @@ class InfluenceNetwork:
     ) -> NDArray[np.float32] | tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return scores (B, C) in label units for features (B, D).
 
-        Members are averaged on the label scale, where one outlying member moves the mean least. As many blocks of rows are
-        scored at a time as torch has threads; the scores do not depend on their number.
+        Members are averaged on the label scale, where one outlying member moves the mean least.
 
         Args:
             X: Features (B, D).
@@ -199,17 +197,14 @@ class InfluenceNetwork:
         features = features_to_score(X, self.num_features_ if hasattr(self, "members_") else None)
         num_targets = len(self.intercept_)
         scores, spreads = np.zeros((2, len(features), num_targets), dtype=np.float32)
-        with _own_settings():
+        with _own_settings(), torch.no_grad():
             joint = self._joint_forward()
-
-        def score(block: slice) -> None:
-            with _own_settings(), torch.no_grad():
+            for start in range(0, len(features), ROWS_PER_BLOCK):
+                block = slice(start, start + ROWS_PER_BLOCK)
                 outputs = self._member_outputs(joint, features[block])  # (members, b, C)
-            scores[block] = self.from_label_scale(outputs.mean(axis=0))
-            if return_spread:
-                spreads[block] = np.stack([self._label_scaler.inverse(output) for output in outputs]).std(axis=0)
-
-        each_on_one_thread(score, [slice(start, start + ROWS_PER_BLOCK) for start in range(0, len(features), ROWS_PER_BLOCK)])
+                scores[block] = self.from_label_scale(outputs.mean(axis=0))
+                if return_spread:
+                    spreads[block] = np.stack([self._label_scaler.inverse(output) for output in outputs]).std(axis=0)
         return (scores, spreads) if return_spread else scores
 
     def from_label_scale(self, output: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -319,9 +319,13 @@ class Refresher:
         return str(self._records[-1]["chain"]) if self._records else ""
 
     def _stored(self, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-        self.store.hold()
-        self.store.claim(self._options)
-        record = self.store.stored(len(self._records), identity)
+        """Return the coming round's record if it was made before; None where it is to be made, here and now."""
+        for is_held in (False, True):
+            self.store.claim(self._options)
+            record = self.store.stored(len(self._records), identity)
+            if record is not None or is_held:
+                break
+            self.store.hold()  # another process may have made the round meanwhile
         if record is None and not self._records:
             self.store.check_unused()
         return record

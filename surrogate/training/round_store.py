@@ -3,16 +3,12 @@
     refresher.json  rounds.jsonl  overhead.json  round-00003/{ranking/, selection.parquet, round.json}
 
 `round.json` is written last, so its existence means complete. A ranking in the making lies in `ranking/` with the identity
-of what it is made from, and is thrown away when that changes. A process that makes rounds holds `.lock` until it ends; the
-lock is one of the process and not of the open file, so that forked data workers do not keep it.
+of what it is made from, and is thrown away when that changes. A process that makes rounds holds `.lock` meanwhile.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,10 +23,11 @@ from oracle.labels import Labels
 from surrogate.fidelity import Fidelity
 from surrogate.scores import Scores
 from surrogate.selection import Selection
+from surrogate.training.held_files import give_up, hold
 from surrogate.training.strategies import Ranking
 
 OPTIONS_FILE, TABLE_FILE, ROUND_FILE, SELECTION_FILE = "refresher.json", "rounds.jsonl", "round.json", "selection.parquet"
-OVERHEAD_FILE = "overhead.json"
+OVERHEAD_FILE, LOCK_FILE = "overhead.json", ".lock"
 VALUE_PREFIX = "value."  # of the columns by which texts were ranked, one for each target set, whatever that is called
 
 
@@ -70,32 +67,22 @@ class RoundStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._lock: int | None = None  # an open file: closing it would give the lock up
 
     def hold(self) -> None:
-        """Keep other processes from making rounds here while this one lives; of file systems without locks, nothing.
+        """Keep other processes from making rounds here until this one ends, or training does.
 
         Raises:
             MismatchError: Another process makes rounds here now.
         """
-        if self._lock is not None:
-            return
-        path = self.folder / ".lock"
-        with storing(path):
+        with storing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(number)
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise MismatchError(
-                    f"another training that runs now makes its rounds in {self.folder}.",
-                    "a workdir that no other live process trains with",
-                    "give each training a workdir of its own, or wait for the other one to end.",
-                ) from error
-        else:
-            self._lock = number
+            is_held = hold(self.folder / LOCK_FILE)
+        if not is_held:
+            raise MismatchError(
+                f"another training that runs now makes its rounds in {self.folder}.",
+                "a workdir that no other live process trains with",
+                "give each training a workdir of its own, or wait for the other one to end.",
+            )
 
     def claim(self, options: Mapping[str, Any]) -> None:
         """Keep the options of the run, or refuse those of another one.
@@ -189,6 +176,7 @@ class RoundStore:
     def write_account(self, report: Mapping[str, Any]) -> None:
         """Keep what selecting cost in all, at the end of training."""
         write_json(self.folder / OVERHEAD_FILE, dict(report))
+        give_up(self.folder / LOCK_FILE)
 
     def write(self, record: Mapping[str, Any], selection: Selection, earlier: list[dict[str, Any]]) -> None:
         """Finish a round; later ones, which followed from another past, go."""

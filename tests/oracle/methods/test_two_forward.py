@@ -18,7 +18,7 @@ from oracle.gradients.central_difference import (
 )
 from oracle.gradients.forward_mode import ForwardMode, NoForwardModeError
 from oracle.gradients.metric import prepare_directions
-from oracle.methods.two_forward import TwoForward
+from oracle.methods.two_forward import TwoForward, _largest_error
 from oracle.target_columns import prepare_targets
 from oracle.targets import read_targets
 
@@ -154,7 +154,7 @@ def test_a_text_does_not_feel_its_batch(make_lm, make_token_texts, targets):
     together = oracle.label(lm, sample, targets, method="two_forward")
     alone = oracle.label(lm, sample[::-1], targets, method="two_forward", block_size=1).take(together.text_ids)
     assert _error(alone.values, together.values) < FLOAT32_ERROR
-    assert alone.meta["facts"]["relative_steps"] == together.meta["facts"]["relative_steps"]
+    assert alone.meta["facts"]["rehearsal_relative_error"] == together.meta["facts"]["rehearsal_relative_error"] > 0
 
 
 def test_dropout_is_off_and_frozen_weights_stay(make_lm, make_token_texts, targets):
@@ -244,7 +244,7 @@ def test_rounding_inside_a_float32_model_is_noticed(make_lm, make_token_texts, t
 def test_a_step_that_is_too_large_or_too_small_is_refused(step, make_lm, make_token_texts, targets):
     lm, sample = make_lm("neox"), make_token_texts(8, seed=2)
     with pytest.raises(InputError, match=r"(?s)off by too much.*leave relative_step out"):
-        oracle.label(lm, sample, targets, method="two_forward", relative_step=step)
+        oracle.label(lm, sample, targets, method="two_forward", relative_step=step, tolerance=np.inf)
 
 
 @pytest.mark.parametrize("step", [0.0, -1e-4, float("nan")])
@@ -329,7 +329,7 @@ def test_the_step_along_a_very_flat_loss_is_halved_further_before_it_is_refused(
     assert _error(labels.values, expected.values) < 2 * TOLERANCE
     monkeypatch.setattr(central_difference, "MAX_HALVINGS", 8)
     with pytest.raises(InputError, match=r"(?s)'t' itself are off.*pass a relative_step smaller than these"):
-        oracle.label(lm, sample, {"t": target}, method="two_forward")
+        oracle.label(lm, sample, {"t": target}, method="two_forward", tolerance=np.inf)
 
 
 def test_a_target_without_a_slope_is_refused_by_name(make_module, make_token_texts, targets):
@@ -392,24 +392,92 @@ def test_a_model_without_a_forward_mode_is_measured_by_differences(make_lm, make
     assert labels.values.tobytes() == usual.values.tobytes()
     assert not labels.meta["facts"]["forward_mode"]
     assert labels.meta["facts"]["rehearsal_relative_error"] == usual.meta["facts"]["rehearsal_relative_error"] > 0
-    with pytest.raises(InputError, match=r"(?s)tolerance=0.*no forward derivative.*tolerance=inf"):
+    with pytest.raises(InputError, match=r"(?s)tolerance=0.*cannot be measured in forward mode.*tolerance=inf"):
         oracle.label(lm, sample, targets, method="two_forward", tolerance=0)
 
 
-def test_what_is_rehearsed_does_not_depend_on_what_is_left_to_do(make_lm, make_token_texts, targets, tmp_path):
+@pytest.mark.parametrize("tolerance", [1e-4, 0])
+def test_a_model_that_loses_tangents_without_a_word_is_found_out(tolerance, make_lm, make_token_texts, targets):
+    """Custom operators pass no tangent on; those of the residual path survive."""
+
+    @torch.library.custom_op(f"tests::lossy_{'always' if tolerance == 0 else 'by_choice'}", mutates_args=())
+    def lossy(inputs: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.gelu(inputs)
+
+    def backward(context, gradient):
+        (inputs,) = context.saved_tensors
+        with torch.enable_grad():
+            inputs = inputs.detach().requires_grad_()
+            return torch.autograd.grad(torch.nn.functional.gelu(inputs), inputs, gradient)[0]
+
+    lossy.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    lm, sample = make_lm("neox"), make_token_texts(8, seed=2)
+    for layer in lm.module.gpt_neox.layers:
+        layer.mlp.act.forward = lossy
+    if tolerance == 0:
+        with pytest.raises(InputError, match=r"(?s)miss those of an ordinary gradient by.*tolerance=inf"):
+            oracle.label(lm, sample, targets, method="two_forward", tolerance=0)
+        return
+    labels, expected = _both(lm, sample, targets)
+    assert _error(labels.values, expected.values) < DIFFERENCES_ERROR
+    assert not labels.meta["facts"]["forward_mode"]
+
+
+def test_what_an_ordinary_gradient_holds_is_no_reason_to_refuse(make_lm, make_token_texts, targets):
+    """As the norms of DoRA, which differences feel and gradients do not."""
+    lm, sample = make_lm("neox"), make_token_texts(8, seed=2)
+    lm.module.gpt_neox.final_layer_norm.register_forward_hook(lambda module, args, output: output * output.detach())
+    with pytest.raises(InputError, match="off by too much"):
+        oracle.label(lm, sample, targets, method="two_forward", tolerance=np.inf)
+    labels, expected = _both(lm, sample, targets)
+    assert _error(labels.values, expected.values) < 1e-6
+
+
+def test_too_little_memory_for_forward_mode_leaves_differences(make_lm, make_token_texts, targets, monkeypatch):
+    lm, sample = make_lm("neox"), make_token_texts(20, seed=2)
+    original = ForwardMode.measure
+
+    def fails_on_the_sample(forward, batch, index):
+        if len(batch.positions) > 1:  # of targets
+            return original(forward, batch, index)
+        raise torch.OutOfMemoryError
+
+    columns = prepare_targets(lm, read_targets({"several": targets["several"]}), halves=False)
+    assert all(len(batch.positions) > 1 for batch in columns.batches)
+    few = {"several": targets["several"]}
+    usual = oracle.label(lm, sample, few, method="two_forward", tolerance=np.inf, halves=False)
+    monkeypatch.setattr(ForwardMode, "measure", fails_on_the_sample)
+    labels = oracle.label(lm, sample, few, method="two_forward", halves=False)
+    assert labels.values.tobytes() == usual.values.tobytes()
+    assert not labels.meta["facts"]["forward_mode"]
+
+
+def test_a_folder_keeps_to_the_way_that_was_chosen_first(make_lm, make_token_texts, targets, tmp_path, monkeypatch):
     lm, rows = make_lm("neox"), sorted(make_token_texts(40, seed=2), key=lambda row: -len(row["input_ids"]))
     settings = {"method": "two_forward", "block_size": 3}
-    usual = oracle.label(lm, rows, targets, **settings)
-    oracle.label(lm, rows[:3], targets, workdir=tmp_path, **settings)
-    again = oracle.label(lm, rows[::-1], targets, workdir=tmp_path, **settings).take(usual.text_ids)
-    assert again.values.tobytes() == usual.values.tobytes()
-    assert again.meta["facts"]["rehearsal_relative_error"] == usual.meta["facts"]["rehearsal_relative_error"]
+    for is_exact in (True, False):
+        choice = {"forward_mode": is_exact, "error": 1e-3}
+        monkeypatch.setattr(TwoForward, "rehearse", lambda method, encoded, choice=choice: choice)
+        usual = oracle.label(lm, rows, targets, **settings)
+        first = oracle.label(lm, rows[:3], targets, workdir=tmp_path / str(is_exact), **settings)
+        monkeypatch.setattr(TwoForward, "rehearse", lambda method, encoded: pytest.fail("it was chosen before"))
+        again = oracle.label(lm, rows[::-1], targets, workdir=tmp_path / str(is_exact), **settings).take(usual.text_ids)
+        assert again.values.tobytes() == usual.values.tobytes()
+        assert again.meta["facts"]["forward_mode"] == first.meta["facts"]["forward_mode"] == is_exact
+
+
+def test_values_that_only_one_way_has_decide():
+    nan, values = np.array([[1.0, np.nan], [2.0, 3.0]]), np.array([[1.0, 2.0], [2.0, 3.0]])
+    assert _largest_error(nan, values) == np.inf and _largest_error(values, nan) == 0
+    assert _largest_error(values, 0 * values) == np.inf and _largest_error(0 * values, 0 * values) == 0
+    gone = np.full((1, 2), np.nan)
+    assert _largest_error(np.concatenate([values, gone]), np.concatenate([1.1 * values, gone])) == pytest.approx(0.1 / 1.1)
 
 
 def test_fewer_texts_are_rehearsed_than_measured(make_lm, make_token_texts, targets, monkeypatch):
     lm, seen = make_lm("neox"), []
     rehearse = TwoForward.rehearse
-    monkeypatch.setattr(TwoForward, "rehearse", lambda method, encoded: (seen.append(encoded), rehearse(method, encoded)))
+    monkeypatch.setattr(TwoForward, "rehearse", lambda method, encoded: seen.append(encoded) or rehearse(method, encoded))
     oracle.label(lm, make_token_texts(40, seed=2), targets, method="two_forward")
     lengths = [len(text.input_ids) for text in seen[0]]
     assert len(lengths) == 16 and lengths == sorted(lengths, reverse=True)
@@ -464,7 +532,7 @@ def test_counted_flops_are_those_of_the_passes_made(kind, extra, halves, make_lm
     num_tokens = len(second[0].input_ids)
     assert len(seen) == (4 if halves else 2) + extra
     assert method.flops(num_tokens, columns) == sum(seen) * lm.forward_flops_per_token
-    method.uses_forward_mode_ = True
+    method.choose({"forward_mode": True, "error": 1.0})
     assert method.flops(num_tokens, columns) == (6 if halves else 3) * num_tokens * lm.forward_flops_per_token
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -32,6 +34,11 @@ def _start(folder, *more):
     return process
 
 
+def _can_hold_elsewhere(folder):
+    code = "import sys; from surrogate.training.round_store import RoundStore; RoundStore(sys.argv[1]).hold()"
+    return subprocess.run([sys.executable, "-c", code, str(folder)], stderr=subprocess.DEVNULL).returncode == 0
+
+
 def test_two_live_processes_do_not_make_rounds_in_one_folder(tmp_path):
     other = _start(tmp_path / "rounds")
     try:
@@ -51,6 +58,20 @@ def test_a_child_of_a_dead_training_does_not_keep_the_folder(tmp_path):
     parent.stdout.close()
 
 
-def test_one_process_may_open_a_folder_again(tmp_path):
-    first, second = RoundStore(tmp_path), RoundStore(tmp_path)
-    first.hold(), first.hold(), second.hold()
+def test_a_process_holds_a_folder_once_whatever_it_does_with_its_files(tmp_path):
+    first, second = RoundStore(tmp_path / "rounds"), RoundStore(tmp_path / "rounds")
+    first.hold(), first.hold(), second.hold(), pickle.loads(pickle.dumps(first)).hold()
+    shutil.copytree(tmp_path / "rounds", tmp_path / "copy")
+    del first
+    assert not _can_hold_elsewhere(tmp_path / "rounds")
+    second.write_account({})
+    assert _can_hold_elsewhere(tmp_path / "rounds")
+
+
+def test_a_folder_that_was_removed_is_held_anew(tmp_path):
+    store = RoundStore(tmp_path / "rounds")
+    store.hold()
+    shutil.rmtree(tmp_path / "rounds")
+    store.write_account({})
+    store.hold()
+    assert not _can_hold_elsewhere(tmp_path / "rounds")
