@@ -57,6 +57,9 @@ SCRIPT = textwrap.dedent("""
     label("in_memory", method="one_step")
     label("one_block", block_size=100, workdir=own / "one_block")
     label("whole", method="target_similarity")
+    by_rank = {"forward_mode": rank == 0, "error": 1.0}  # the first process chooses for all
+    plugins.load("oracle.methods", "two_forward").rehearse = lambda self, encoded: by_rank
+    label("chosen", method="two_forward")
     oracle.label(lm, sample[:6], targets, method="grad_dot", block_size=2, workdir=own / "grown")
     label("grown", workdir=own / "grown")
     (own / f"measured_{rank}.json").write_text(json.dumps(measured))
@@ -113,7 +116,7 @@ def comparable(folder, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["with_folder", "in_memory", "one_block", "whole", "grown"])
+@pytest.mark.parametrize("name", ["with_folder", "in_memory", "one_block", "whole", "chosen", "grown"])
 def test_two_processes_end_with_the_bytes_of_one(name, results):
     expected = results / "of_1" / f"{name}_returned_0"
     found = [results / "of_2" / f"{name}_returned_{rank}" for rank in range(2)]
