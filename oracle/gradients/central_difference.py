@@ -285,7 +285,7 @@ def check_precision(parameters: dict[str, torch.nn.Parameter]) -> None:
             raise InputError(
                 f"the weights {name} are {str(parameter.dtype).removeprefix('torch.')}, where rounding eats a small step.",
                 "trainable weights in float32 or float64",
-                "load the model in float32, or use method='grad_dot'.",
+                "load the model in float32, pass tolerance=0, which takes no steps, or use method='grad_dot'.",
             )
 
 

@@ -233,6 +233,16 @@ def test_weights_of_low_precision_are_refused_before_anything_is_measured(dtype,
         oracle.label(lm, make_token_texts(3, seed=2), {"t": make_token_texts(3, seed=5)}, method="two_forward")
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "neox", "llama", "mixtral"])
+def test_forward_mode_takes_bfloat16_and_is_about_as_good_as_a_backward_pass(kind, make_module, make_token_texts):
+    module, fine = make_module(kind).bfloat16(), make_module(kind).bfloat16().float()
+    rows, targets = make_token_texts(12, seed=2), {"t": make_token_texts(6, seed=5)}
+    expected = oracle.label(oracle.LanguageModel(fine, max_tokens=64), rows, targets, method="grad_dot", halves=False)
+    lm = oracle.LanguageModel(module, max_tokens=64)
+    labels = oracle.label(lm, rows, targets, method="two_forward", halves=False, tolerance=0)
+    assert _error(labels.values, expected.values) < 0.1
+
+
 def test_rounding_inside_a_float32_model_is_noticed(make_lm, make_token_texts, targets):
     lm = make_lm("llama")
     lm.module.forward = torch.autocast("cpu", dtype=torch.bfloat16)(lm.module.forward)
