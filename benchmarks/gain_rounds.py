@@ -7,7 +7,8 @@ one ranking (`static`), by a ranking that is refreshed on a schedule (`refresh`)
 hours and is not among the defaults, measures them anew as often as `refresh` does. Labels use one half of each target set,
 losses are measured on the other. What a strategy spends on labels, features, fitting and scoring is counted in the same unit
 as training, FLOPs, and in seconds, and stands in front of the training that it serves; features that runs share are charged to
-each of them in full. A loss is the mean of the last three evaluations. With `--average-decay` labels and losses are measured
+each of them in full. A loss is the mean of the last three evaluations; where a pool has few texts of use, it rises again once
+those are spent, so the lowest within random's whole cost is told too. With `--average-decay` labels and losses are measured
 at a running average of the weights: at a constant rate those of the last step jump, and with them the labels
 (`label_decay.py`) and the losses.
 
@@ -113,6 +114,7 @@ def main() -> None:
             "loss before",
             "loss after",
             "at random's whole cost",
+            "lowest within it",
             "share of oracle's gain",
             "cost to random's loss",
             "selecting, share of FLOPs",
@@ -327,6 +329,9 @@ def _with_comparisons(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         budget = random["curve"]["training_flops"][-1]
         total = np.add(run["curve"]["training_flops"], run["curve"]["cost_flops"])
         run["at_equal_cost"] = float(np.interp(budget, total, run["curve"]["loss"])) if total[0] <= budget else None
+        run["lowest_within_cost"] = min(
+            (loss for loss, cost in zip(run["curve"]["loss"], total, strict=True) if cost <= budget), default=None
+        )
         run["cost_to_random"] = _first_reached(total, run["curve"]["loss"], random["after"], unit=budget)
         if oracle is not None:
             gain = random["after"] - oracle["after"]
@@ -360,7 +365,7 @@ def _halves(targets: dict[str, Any], options: Any, *, seed: int) -> tuple[dict[s
 
 
 def _table(results: list[dict[str, Any]], aims: list[str], strategies: list[str]) -> list[list[str]]:
-    columns: tuple[str, ...] = ("before", "after", "at_equal_cost", "share_of_oracle", "cost_to_random")
+    columns: tuple[str, ...] = ("before", "after", "at_equal_cost", "lowest_within_cost", "share_of_oracle", "cost_to_random")
     columns += ("flops_share", "seconds_share", "spearman", "refreshes")
     rows = []
     for aim in aims:
