@@ -50,7 +50,8 @@ def test_method_costs_are_those_the_methods_count(method, make_module, make_toke
     module = make_module("llama")
     model = oracle.LanguageModel(module, None, make_adamw(module, pool))
     sizes = plan(model, _padded(pool, 300), targets, training_tokens=1e6, max_overhead=100.0).sizes
-    cost = oracle.label(model, pool, targets, method=method).meta["cost"]
+    options = {"tolerance": 0} if method == "two_forward" else {}  # the dearer of its two ways
+    cost = oracle.label(model, pool, targets, method=method, **options).meta["cost"]
     fixed, per_label = label_costs(method, replace(sizes, text_tokens=cost["num_tokens"] / 12))
     assert cost["label_flops"] / 12 == pytest.approx(per_label, rel=0.05 if method == "less" else 1e-6)
     if method == "two_forward":  # its checks on a batch of each target are not planned
