@@ -113,6 +113,9 @@ def main() -> None:
             "strategy",
             "loss before",
             "loss after",
+            "less random's",
+            "lowest at (share of the training)",
+            "rise after it",
             "at random's whole cost",
             "lowest within it",
             "share of oracle's gain",
@@ -312,6 +315,8 @@ def _figures(run: dict[str, Any], targets: dict[str, Any], aim: str) -> dict[str
     return {
         "before": smooth[0],
         "after": smooth[-1],
+        "lowest_at": float(np.argmin(smooth)) / max(len(smooth) - 1, 1),
+        "rise": smooth[-1] - min(smooth),
         "curve": {"loss": smooth, **{key: value for key, value in curve.items() if key != "losses"}},
         "flops_share": curve["cost_flops"][-1] / curve["training_flops"][-1],
         "seconds_share": curve["cost_seconds"][-1] / curve["training_seconds"][-1],
@@ -326,6 +331,7 @@ def _with_comparisons(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         random, oracle = peers.get("random"), peers.get("oracle")
         if random is None:
             continue
+        run["less_random"] = run["after"] - random["after"]
         budget = random["curve"]["training_flops"][-1]
         total = np.add(run["curve"]["training_flops"], run["curve"]["cost_flops"])
         run["at_equal_cost"] = float(np.interp(budget, total, run["curve"]["loss"])) if total[0] <= budget else None
@@ -365,7 +371,8 @@ def _halves(targets: dict[str, Any], options: Any, *, seed: int) -> tuple[dict[s
 
 
 def _table(results: list[dict[str, Any]], aims: list[str], strategies: list[str]) -> list[list[str]]:
-    columns: tuple[str, ...] = ("before", "after", "at_equal_cost", "lowest_within_cost", "share_of_oracle", "cost_to_random")
+    columns: tuple[str, ...] = ("before", "after", "less_random", "lowest_at", "rise")
+    columns += ("at_equal_cost", "lowest_within_cost", "share_of_oracle", "cost_to_random")
     columns += ("flops_share", "seconds_share", "spearman", "refreshes")
     rows = []
     for aim in aims:

@@ -62,13 +62,11 @@ class Step:
     Attributes:
         size: e.
         relative: |e D| over the norm of the weights (over 1 where they are all 0).
-        largest: The largest absolute value among the texts that it was checked on.
-        error: What the check found, relative to that.
+        error: What the check found, relative to the largest absolute value among the texts that it was checked on.
     """
 
     size: float
     relative: float
-    largest: float
     error: float
 
 
@@ -157,8 +155,8 @@ class CentralDifference:
         whole = (_norm(list(self.originals.values())) or 1.0) / length  # e for a step as long as the weights
         tried: list[Step] = []
         for size, tolerance in self._candidates(batch, slope, whole, tried):
-            largest, error = self._error(batch, held, index, size=size, slope=slope)
-            tried.append(Step(size, size / whole, largest, error))
+            error = self._error(batch, held, index, size=size, slope=slope)
+            tried.append(Step(size, size / whole, error))
             if error <= tolerance:
                 break
         best = min(tried, key=lambda step: step.error)
@@ -211,8 +209,8 @@ class CentralDifference:
             if halvings and tried[-2].error <= min(TOLERANCE, tried[-1].error):
                 return
 
-    def _error(self, batch: Batch, held: HeldChoices, index: int, *, size: float, slope: float) -> tuple[float, float]:
-        """Return the largest value, and what doubling the step changes of it, or the sum misses of the gradient's if more."""
+    def _error(self, batch: Batch, held: HeldChoices, index: int, *, size: float, slope: float) -> float:
+        """Return what doubling the step changes of the largest value, or the sum misses of the gradient's if more."""
         with self._restored():
             near, far = (self._differences([batch], [held], index, size=factor * size)[0][0] for factor in (1, 2))  # (B,)
         self.num_checked_tokens += 4 * math.prod(batch.model_shape)
@@ -220,7 +218,7 @@ class CentralDifference:
         largest = near.abs().max()
         of_step = (near - far).abs().max() / largest.clamp_min(tiny)
         of_sum = (near.sum() - slope).abs() / near.abs().sum().clamp_min(tiny)
-        return float(largest), float(torch.maximum(of_step, of_sum))
+        return float(torch.maximum(of_step, of_sum))
 
     def inexact(self, where: str, told: str) -> InexactDifferencesError:
         """Return the error that says where and by how much differences are off."""
