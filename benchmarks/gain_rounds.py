@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--static-labels", type=int, default=400)
     parser.add_argument("--refresh-labels", type=int, default=200)
     parser.add_argument("--refresh-every", type=int, default=2, help="rounds from one refresh to the next")
+    parser.add_argument("--repeat", action="store_true", help="let every round offer the texts of earlier ones again")
     parser.add_argument("--keep-labels", type=float, default=1.0, help="weight of labels one refresh old")
     parser.add_argument("--drift-threshold", type=float, default=0.8)
     parser.add_argument("--probe", type=int, default=32, help="texts labelled to see whether scores have drifted")
@@ -238,6 +239,7 @@ def _train(
         cache=folder.parent / "features",
         num_tokens=num_tokens,
         strategy=strategy[0],
+        consume_once=not options.repeat or strategy[0] == "random",  # rs2 draws anew already; random has to spend its pool
         rule=options.rule if is_ranked else "top",
         rule_options=_rule_options(options) if is_ranked else {},
         seed=seed,
