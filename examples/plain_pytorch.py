@@ -45,9 +45,10 @@ def main(workdir: Path, *, num_texts: int = 2000, every: int = 25, max_steps: in
         if rounds.step % every == 1:
             print(f"step {rounds.step}: loss {loss.item():.3f}", rounds.metrics())
         if rounds.step % 20 == 0:
-            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rounds": rounds.state_dict()}
-            torch.save({**parts, "random": torch.get_rng_state()}, checkpoint.with_suffix(".partial"))
-            checkpoint.with_suffix(".partial").replace(checkpoint)
+            with rounds.paused():  # saving is no training: selecting may cost a share of that
+                parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rounds": rounds.state_dict()}
+                torch.save({**parts, "random": torch.get_rng_state()}, checkpoint.with_suffix(".partial"))
+                checkpoint.with_suffix(".partial").replace(checkpoint)
     return rounds
 
 

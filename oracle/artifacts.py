@@ -149,13 +149,20 @@ def provenance() -> dict[str, str]:
     return {"version": version, "git_commit": commit}
 
 
-def require_same(stored: Mapping[str, Any], asked: Mapping[str, Any], *, where: Path) -> None:
+def require_same(
+    stored: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    *,
+    where: Path,
+    remedy: str = "repeat the stored options, or name another folder for the new ones.",
+) -> None:
     """Refuse to go on with results that were made otherwise.
 
     Args:
         stored: Options and fingerprints as found on disk.
         asked: The same for the call at hand.
         where: The folder, named in the error.
+        remedy: What to do.
 
     Raises:
         MismatchError: Some value differs; all differences are listed.
@@ -166,7 +173,7 @@ def require_same(stored: Mapping[str, Any], asked: Mapping[str, Any], *, where: 
         raise MismatchError(
             f"{where} holds results made with other options or inputs: " + "; ".join(differences) + ".",
             "the same options and inputs as stored",
-            "repeat the stored options, or name another folder for the new ones.",
+            remedy,
         )
 
 

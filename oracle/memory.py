@@ -1,7 +1,8 @@
 """A device that runs out of memory gets smaller batches, and the work is done again.
 
-A text's value does not depend on the batch it is in, so this changes nothing beyond rounding. Only torch's own
-`OutOfMemoryError` counts, which accelerators raise; a CPU that runs out has no error of its own.
+A text's value does not depend on the batch it is in, so this changes nothing beyond rounding. What accelerators raise counts:
+torch's own `OutOfMemoryError`, and the `RuntimeError` of a library of theirs that got none (cuBLAS, cuDNN); a CPU that runs out
+has no error of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from oracle.language_model import LanguageModel
 from oracle.target_columns import TargetColumns
 
 T = TypeVar("T")
+
+
+NO_MEMORY_TOLD = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED", "out of memory")
 
 
 class SmallerBatchWarning(UserWarning):
@@ -56,7 +60,9 @@ def within_memory(work: Callable[[], T], lm: LanguageModel, columns: TargetColum
         given = lm.batch_tokens or lm.default_batch_tokens
         try:
             result = work()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             longest_of_all = max([longest, 1, *(batch.input_ids.shape[1] for batch in columns.batches)])
             if given <= longest_of_all:
                 raise TooLittleMemoryError(
@@ -76,6 +82,13 @@ def within_memory(work: Callable[[], T], lm: LanguageModel, columns: TargetColum
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error tells that a device has no memory left."""
+    if isinstance(error, (torch.OutOfMemoryError, TooLittleMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(told in str(error) for told in NO_MEMORY_TOLD)
 
 
 def split_batches(columns: TargetColumns, *, batch_tokens: int) -> None:

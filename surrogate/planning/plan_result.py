@@ -58,7 +58,8 @@ class Plan:
             f"training: {sizes.training_tokens:,.0f} tokens, {self.training.flops:.3g} FLOPs; pool: {sizes.num_texts:,} texts of "
             f"{sizes.text_tokens:.0f} tokens; targets: {sizes.num_targets} of {sizes.target_tokens:,.0f} tokens in all",
             f"{'plan' if self.fits else 'NO PLAN FITS; the cheapest'}: {chosen.method}, {chosen.sample_size} labels at each of "
-            f"{chosen.num_refreshes} refreshes (every {chosen.refresh_every} of {sizes.num_rounds} rounds), {chosen.features}, "
+            f"{chosen.num_refreshes} refreshes (every {chosen.refresh_every} of {sizes.num_rounds} rounds of "
+            f"{sizes.training_tokens / sizes.num_rounds:,.0f} tokens), {chosen.features}, "
             f"{chosen.surrogate}; expected Spearman {_number(self.spearman)}",
             self.reason,
             f"{'stage':<28}{'FLOPs':>10}{'share':>9}{'seconds':>10}{'share':>9}",

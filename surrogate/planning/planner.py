@@ -21,6 +21,7 @@ from surrogate.planning.plan_search import (
     METHODS,
     MIN_LABELS,
     NUM_PROBE,
+    OF_WORDS,
     PREFERENCES,
     TEXT,
     Choices,
@@ -208,7 +209,7 @@ def _measured(model: Any, pool: Any, encoders: Sequence[str], rates: Rates, *, h
             "pass both, or measure=False and training_flops_per_second=... where it is known.",
         )
     timed = [
-        name for name in dict.fromkeys((*TEXT, *encoders)) if name in TOKENS_PER_SECOND and (has_texts or name != "sentence")
+        name for name in dict.fromkeys((*TEXT, *encoders)) if name in TOKENS_PER_SECOND and (has_texts or name not in OF_WORDS)
     ]
     measured = measure_rates(model, pool, encoders=timed)
     return Rates(

@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from oracle.errors import InputError, check_count
+from oracle.errors import InputError, MissingFileError, check_count
 from oracle.language_model import DEFAULT_MAX_TOKENS, LanguageModel
 from oracle.targets import read_targets
 from oracle.texts import read_texts
-from surrogate.training.pool_texts import PoolTexts, collate
+from surrogate.training.pool_texts import PoolTexts, check_base, collate
 from surrogate.training.refresher import OWN_OPTIONS, Refresher
 from surrogate.training.refresher_options import check_targets, make_strategy
 from surrogate.training.resume_check import check_resumed, find_checkpoint
@@ -45,9 +45,15 @@ from surrogate.training.weight_average import WeightAverage
 if TYPE_CHECKING:
     from datasets import Dataset
 
+NUM_LOOKED_AT = 256  # of a trainer's own items, to see how long they are
+
 
 class UnreportedWarning(UserWarning):
     """The Trainer reports to a logger, and the callback cannot reach it."""
+
+
+class LongItemsWarning(UserWarning):
+    """A trainer's own items are longer than the texts that are measured."""
 
 
 class InexactDropoutWarning(UserWarning):
@@ -67,7 +73,8 @@ class InfluenceCallback(TrainerCallback, ExportableState):
         workdir: Folder for rounds, labels, features and predictors; the same one for all processes and for a resumed run.
         strategy: Name of a strategy (`surrogate methods`), or an object of one.
         tokenizer: The model's tokenizer; None takes the Trainer's `processing_class`.
-        max_tokens: Longer texts are cut there; None means 512, or the model's context if that is shorter.
+        max_tokens: Longer texts are cut there; None means the `max_length` of TRL's arguments, else 512, and the model's context
+            if that is shorter.
         row_tokens: Pack the chosen texts into rows of so many tokens; None trains on single texts.
         base: A dataset of your own whose item i is text i of `callback.pool`; None tokenises the pool's texts.
         keep_autocast: Measure labels in the Trainer's mixed precision: cheaper, and only for methods by gradients (see
@@ -123,6 +130,8 @@ class InfluenceCallback(TrainerCallback, ExportableState):
         else:
             self._stream = StreamRefresher(pool, window=window, **self._refresher_options)
             self._texts = self._stream.texts
+        if base is not None:
+            check_base(base, None if self._stream is not None else self._texts.pool)
         self._own_base = base is not None
         self.train_dataset = SelectedDataset(self._texts if base is None else base, row_tokens=row_tokens)
         self.data_collator: Callable[[list[Any]], Any] = collate
@@ -200,7 +209,8 @@ class InfluenceCallback(TrainerCallback, ExportableState):
             )
         context = getattr(getattr(kwargs.get("model"), "config", None), "max_position_embeddings", None)
         self._texts.tokenizer = tokenizer
-        self._texts.max_tokens = self._max_tokens or min(DEFAULT_MAX_TOKENS, context or DEFAULT_MAX_TOKENS)
+        most = getattr(args, "max_length", None) or DEFAULT_MAX_TOKENS
+        self._texts.max_tokens = self._max_tokens or min(most, context or most)
         if self.train_dataset.row_tokens is not None and not self._own_base:
             self.train_dataset.separator = self._texts.separator
         steps = self.every * args.gradient_accumulation_steps
@@ -220,7 +230,6 @@ class InfluenceCallback(TrainerCallback, ExportableState):
         num_batches = self.every * args.gradient_accumulation_steps
         loader = kwargs["train_dataloader"]
         check_loader(loader, self.train_dataset, num_batches=num_batches, is_own_base=self._own_base)
-        self._begin_average(args, state, kwargs["model"], inner_optimizer(kwargs["optimizer"]))
         if state.global_step:
             stored = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
             if not {"feed", "order"} <= set(stored):
@@ -242,6 +251,7 @@ class InfluenceCallback(TrainerCallback, ExportableState):
                 )
         else:
             feed.forget()
+        self._begin_average(args, state, kwargs["model"], inner_optimizer(kwargs["optimizer"]))
         if self._trainer is None and args.report_to:
             warnings.warn(
                 f"rounds are not reported to {', '.join(args.report_to)}: the Trainer gives its callbacks no way to log. They "
@@ -296,7 +306,14 @@ class InfluenceCallback(TrainerCallback, ExportableState):
         average = WeightAverage(model, decay=self.average_decay)
         if state.global_step:
             folder = find_checkpoint(args, state.global_step)
-            average.load(folder or Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            if folder is None:
+                raise MissingFileError(
+                    f"training goes on at step {state.global_step}, and its checkpoint, which has the average of the weights, is "
+                    f"not in {args.output_dir}.",
+                    "the folder of the checkpoint, told to the callback too",
+                    "name it in TrainingArguments(resume_from_checkpoint=...) beside trainer.train(resume_from_checkpoint=...).",
+                )
+            average.load(folder)
         self._running().average, self._watching = average, average.watch(optimizer)
 
     def _end_watch(self) -> None:
@@ -340,6 +357,14 @@ class InfluenceCallback(TrainerCallback, ExportableState):
                 "leave row_tokens out: packed, such items would be predicted whole, also what the trainer masks.",
             )
         rows = rows_in_pool(base, self.pool)
+        longest = max((len(base[row].get("input_ids", ())) for row in range(min(len(base), NUM_LOOKED_AT))), default=0)
+        if longest > self._texts.max_tokens:
+            warnings.warn(
+                f"the trainer's items have up to {longest} tokens, and texts are measured up to {self._texts.max_tokens} of "
+                "them; pass InfluenceCallback(max_tokens=...) with the length that is trained on.",
+                LongItemsWarning,
+                stacklevel=3,
+            )
         if len(rows) < len(self.pool):
             self._texts.pool = self.pool.select(rows)
             self._build()

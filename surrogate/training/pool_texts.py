@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from oracle.encoding import IGNORED, EncodedText, encode_texts
+from oracle.errors import InputError
 from oracle.language_model import DEFAULT_MAX_TOKENS
-from oracle.texts import text_format
+from oracle.text_formats import TEXT_ID
+from oracle.texts import list_text_ids, text_format
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,6 +68,29 @@ class PoolTexts(torch.utils.data.Dataset):
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, list[int]]]:
         return [{"input_ids": text.input_ids, "labels": text.labels} for text in self.encode(rows)]
+
+
+def check_base(base: Any, pool: Dataset | None) -> None:
+    """Refuse items of a user's own that are not, one by one, those of the pool's texts.
+
+    Args:
+        base: A map-style dataset; a column `text_id`, if it has one, is compared with the pool's.
+        pool: The pool, without the texts that were rejected; None of a stream, whose texts are not known in advance.
+
+    Raises:
+        InputError: They are not.
+    """
+    if pool is None:
+        raise InputError(
+            "base=..., and a stream.", "one of the two", "leave base out: the windows of a stream are tokenised here."
+        )
+    columns = getattr(base, "column_names", None) or ()
+    if len(base) != len(pool) or (TEXT_ID in columns and list(base[TEXT_ID]) != list_text_ids(pool)):
+        raise InputError(
+            f"a base of {len(base)} items, which are not those of the pool's {len(pool)} texts in their order.",
+            "a dataset whose item i is text i of the pool, without the texts that were rejected (empty ones, repeats)",
+            "make it of the `pool` of the callback or the refresher; or of oracle.read_texts(...), passed as the pool, too.",
+        )
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -74,12 +74,14 @@ class Refresher:
             this share of what it was at the last refresh, or there was none; None refreshes on schedule.
         consume_once: Do not offer a text again until the pool is spent. A new pass over it begins with a refresh, if the
             present ranking does not know all texts.
-        warmup_fraction: Share of the rounds, at the beginning, with texts at random; needs `num_rounds`.
+        warmup_fraction: Share of the rounds, at the beginning, with texts at random; needs `num_rounds`. Rounded up to whole
+            rounds, but for the last one, which is selected.
         final_fraction: Select only in this share of the rounds, at the end, and train on random texts before; needs
-            `num_rounds`. None selects from the start.
+            `num_rounds`. Rounded down to whole rounds, and to the last one where it is less. None selects from the start.
         num_rounds: How many rounds there will be. To go on for longer with a workdir that has `warmup_fraction` or
             `final_fraction`, pass the number that it was begun with.
-        max_overhead: Most that selecting may cost, as a share of training, in counted FLOPs and in seconds.
+        max_overhead: Most that selecting may cost, as a share of training, in counted FLOPs and in seconds. A resumed training
+            may have another one; so it may have `allow_low_fidelity`.
         on_failure: What to do when a refresh, or a look at the drift, fails for lack of memory, NaN, or fidelity at chance:
             "continue" with the ranking before (with random texts, if there is none), or "stop". After a first ranking that
             holds for every refusal, too few texts to label for example; before it, a refusal stops the training.
@@ -163,9 +165,8 @@ class Refresher:
             schedule=self.schedule,
             choice=self.choice,
             consume_once=consume_once,
-            max_overhead=max_overhead,
         )
-        self._identities = RoundIdentity(fingerprint(self._options))
+        self._identities = RoundIdentity(fingerprint([self._options, max_overhead, allow_low_fidelity]))
 
     def _make_maker(self, cache: FeatureCache | str | Path | None) -> RoundMaker:
         return RoundMaker(

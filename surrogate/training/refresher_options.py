@@ -172,9 +172,11 @@ def describe_run(
     schedule: Schedule,
     choice: Choice,
     consume_once: bool,
-    max_overhead: float | None,
 ) -> dict[str, Any]:
-    """Return everything that decides a run beside the model, as JSON values; a workdir is of one such run."""
+    """Return what decides a run beside the model and the two things that may be changed when it is resumed, as JSON values.
+
+    A workdir is of one such run. What may be changed, `max_overhead` and `allow_low_fidelity`, counts for the rounds to come.
+    """
     described = {
         "format": FORMAT,
         "pool": fingerprint(sorted(text_ids)),
@@ -187,8 +189,6 @@ def describe_run(
         "drift_threshold": schedule.drift_threshold,
         "first_selected": schedule.first_selected,
         "consume_once": consume_once,
-        "max_overhead": max_overhead,
-        "allow_low_fidelity": choice.allow_low_fidelity,
         "seed": choice.seed,
     }
     return dict(as_plain(described))

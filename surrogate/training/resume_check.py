@@ -1,9 +1,10 @@
 """Did resuming really load the checkpoint's weights? Compares the live model with the files.
 
 The Hugging Face Trainer loads a checkpoint's weights by name and passes over names that it does not know. Where a model
-saves a weight under another name than it has in memory (GPT-NeoX's output head in transformers 5.23, for one), the
-weight stays as it was in the model that was passed, and training goes on with it. Not checked: optimiser state, sharded
-checkpoints of FSDP or DeepSpeed, and weights in pickled files.
+saves a weight under another name than it has in memory (GPT-NeoX's output head in transformers 5.23, for one) or in another
+form (the experts of a mixture, one by one), the weight stays as it was in the model that was passed, and training goes on
+with it. What cannot be found among the stored tensors is therefore compared with the model as `from_pretrained` loads it.
+Not checked: optimiser state, sharded checkpoints of FSDP or DeepSpeed, and weights in pickled files.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from oracle.errors import MismatchError
 
@@ -63,7 +65,8 @@ def check_resumed(module: nn.Module, args: Any, step: int) -> None:
             stacklevel=3,
         )
         return
-    wrong = _wrong_weights(module, paths, adapter)
+    wrong, not_found = _wrong_weights(module, paths, adapter)
+    wrong += _not_as_loaded(module, not_found, folder)
     if wrong:
         more = f" and {len(wrong) - NUM_NAMED} more" if len(wrong) > NUM_NAMED else ""
         raise MismatchError(
@@ -93,11 +96,13 @@ def _stored(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def _wrong_weights(module: nn.Module, paths: list[Path], adapter: str) -> list[str]:
-    """Names of weights that differ from the stored ones of their name, or of which no stored tensor has the values."""
+def _wrong_weights(module: nn.Module, paths: list[Path], adapter: str) -> tuple[list[str], list[str]]:
+    """Names of weights that differ from the stored ones of their name, and of those whose values no stored tensor has."""
     is_adapter = paths[0].name == ADAPTER_FILE
     live = {_plain_name(name, adapter): tensor.detach() for name, tensor in module.state_dict().items()}
-    wrong, unknown = [], []
+    wrong: list[str] = []
+    not_found: list[str] = []
+    unknown: list[Tensor] = []
     seen: set[int] = set()
     for name, stored in _stored(paths):
         if name not in live:
@@ -110,8 +115,18 @@ def _wrong_weights(module: nn.Module, paths: list[Path], adapter: str) -> list[s
     for name, tensor in live.items():
         is_expected = not is_adapter or name in trained
         if is_expected and tensor.data_ptr() not in seen and not any(_equal(tensor, stored) for stored in unknown):
-            wrong.append(name)
-    return wrong
+            not_found.append(name)
+    return wrong, not_found
+
+
+def _not_as_loaded(module: nn.Module, names: list[str], folder: Path) -> list[str]:
+    """Those of a model's weights that differ from what `from_pretrained` makes of the folder; all where it cannot."""
+    inner = getattr(module, "_orig_mod", module)
+    if not names or not isinstance(inner, PreTrainedModel) or (folder / ADAPTER_FILE).is_file():
+        return names
+    loaded = type(inner).from_pretrained(folder).state_dict()
+    live = inner.state_dict()
+    return [name for name in names if name not in loaded or not _equal(live[name], loaded[name])]
 
 
 def _plain_name(name: str, adapter: str) -> str:

@@ -7,6 +7,7 @@ twice a step forward), seconds are those that the loop reports; both are sums ov
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 
 FLOPS_PER_FORWARD = 3.0  # forward and backward
 LENGTH_SAMPLE = 512  # texts whose mean length stands for the pool's
+
+
+class RoundCountWarning(UserWarning):
+    """The refresher was told of another number of rounds than training has."""
 
 
 class RoundFeed:
@@ -59,6 +64,7 @@ class RoundFeed:
         average: WeightAverage | None = None,
     ) -> None:
         check_count("every", every)
+        _tell_of_other_rounds(refresher, every=every, max_steps=max_steps)
         self.refresher, self.dataset, self.texts = refresher, dataset, texts
         self.every, self.world_size, self.max_steps, self.keep_autocast = every, world_size, max_steps, keep_autocast
         self.average = average
@@ -109,7 +115,10 @@ class RoundFeed:
             What `Overhead.report` returns, which `overhead.json` in the workdir keeps; None of a stream, which has no such
             account, and where no round began.
         """
-        if isinstance(self.refresher, StreamRefresher) or self._flops_per_token is None:
+        if isinstance(self.refresher, StreamRefresher):
+            self.refresher.close()
+            return None
+        if self._flops_per_token is None:
             return None
         index, done = divmod(step, self.every)
         self._count_until(index)
@@ -252,3 +261,16 @@ class RoundFeed:
             rows = np.unique(np.linspace(0, num_texts - 1, min(LENGTH_SAMPLE, num_texts)).astype(int))
             self._mean_tokens = version, float(np.mean(self._encoded_lengths(rows)))
         return self._mean_tokens[1]
+
+
+def _tell_of_other_rounds(refresher: Refresher | StreamRefresher, *, every: int, max_steps: int | None) -> None:
+    told = refresher.schedule.num_rounds if isinstance(refresher, Refresher) else None
+    if told is None or max_steps is None or told == math.ceil(max_steps / every):
+        return
+    warnings.warn(
+        f"num_rounds={told}, and {max_steps} steps in rounds of every={every} are {math.ceil(max_steps / every)} rounds: shares "
+        f"of the training (warm-up, final phase, overhead) and plans are of {told}. Pass every={math.ceil(max_steps / told)}, or "
+        "leave num_rounds out, unless training goes on for longer than it was begun for.",
+        RoundCountWarning,
+        stacklevel=4,
+    )

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from oracle.artifacts import fingerprint, read_json, write_json
-from oracle.errors import InputError, LowFidelityError, NotFiniteError, TooLittleMemoryError
+from oracle.errors import InputError, LowFidelityError, NotFiniteError
+from oracle.memory import is_out_of_memory
 from oracle.processes import OtherProcessError, Processes
 from oracle.targets import TargetSet
 from surrogate.feature_cache import FeatureCache
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Records: TypeAlias = list[dict[str, Any]]  # of the rounds so far
 
-RECOVERABLE = (NotFiniteError, LowFidelityError, TooLittleMemoryError, torch.OutOfMemoryError, MemoryError)
+NO_SOLUTION = (np.linalg.LinAlgError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+RECOVERABLE = (NotFiniteError, LowFidelityError, *NO_SOLUTION)  # beside a lack of memory
 
 
 @dataclass(kw_only=True)
@@ -242,14 +244,12 @@ class RoundMaker:
         try:
             with stepping(context.lm):
                 result = action()
-        except (*recoverable, OtherProcessError) as error:
+        except BaseException as error:
             failure = f"{type(error).__name__}: {error}"
-            if self.stops_on_failure:
+            can_go_on = isinstance(error, (*recoverable, OtherProcessError)) or is_out_of_memory(error)
+            if self.stops_on_failure or not can_go_on:
                 processes.gather((False, failure))
                 raise
-        except BaseException as error:
-            processes.gather((False, f"{type(error).__name__}: {error}"))
-            raise
         found = processes.gather((True, failure))
         stopped = [told for can_go_on, told in found if not can_go_on]
         if stopped:

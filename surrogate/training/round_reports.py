@@ -39,7 +39,8 @@ def tell(record: Mapping[str, Any], *, step: int, repeats: float, told: set[type
         goes_on = "random texts" if held < 0 else f"the ranking of round {held}"
         text = (
             f"the refresh at step {step} is left out, and training goes on with {goes_on}: {record['reason']}. Raise "
-            "max_overhead, lower sample_size or train longer; later ones that are left out stand in the table of rounds."
+            "max_overhead (a resumed training may), or lower sample_size in a new training; later ones that are left out stand "
+            "in the table of rounds."
         )
         warnings.warn(text, OverheadWarning, stacklevel=4)
         told.add(OverheadWarning)

@@ -3,13 +3,15 @@
     refresher.json  rounds.jsonl  overhead.json  round-00003/{ranking/, selection.parquet, round.json}
 
 `round.json` is written last, so its existence means complete. A ranking in the making lies in `ranking/` with the identity
-of what it is made from, and is thrown away when that changes. A process that makes rounds holds `.lock` meanwhile.
+of what it is made from, and is thrown away when that changes. Finished rounds that are made anew, because training went
+back and on in another way, are put into `replaced/`. A process that makes rounds holds `.lock` meanwhile.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +29,12 @@ from surrogate.training.held_files import give_up, hold
 from surrogate.training.strategies import Ranking
 
 OPTIONS_FILE, TABLE_FILE, ROUND_FILE, SELECTION_FILE = "refresher.json", "rounds.jsonl", "round.json", "selection.parquet"
-OVERHEAD_FILE, LOCK_FILE = "overhead.json", ".lock"
+OVERHEAD_FILE, LOCK_FILE, REPLACED_FOLDER = "overhead.json", ".lock", "replaced"
 VALUE_PREFIX = "value."  # of the columns by which texts were ranked, one for each target set, whatever that is called
+
+
+class ReplacedRoundsWarning(UserWarning):
+    """Training has gone back and on in another way, and rounds of before are replaced."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,10 @@ class RoundStore:
                 "give each training a workdir of its own, or wait for the other one to end.",
             )
 
+    def give_up(self) -> None:
+        """Let other processes make rounds here."""
+        give_up(self.folder / LOCK_FILE)
+
     def claim(self, options: Mapping[str, Any]) -> None:
         """Keep the options of the run, or refuse those of another one.
 
@@ -92,7 +102,13 @@ class RoundStore:
         """
         path = self.folder / OPTIONS_FILE
         if path.exists():
-            require_same(read_json(path), options, where=self.folder)
+            require_same(
+                read_json(path),
+                options,
+                where=self.folder,
+                remedy="resume with what the training was begun with (only max_overhead and allow_low_fidelity may change), or "
+                "begin a new training with another workdir.",
+            )
         else:
             write_json(path, dict(options))
 
@@ -119,7 +135,7 @@ class RoundStore:
         if (self.round_folder(0) / ROUND_FILE).exists():
             raise MismatchError(
                 f"{self.folder} holds the rounds of a training that began otherwise: from other weights, at another learning "
-                "rate or with rounds of another size.",
+                "rate, with rounds of another size or another max_overhead.",
                 "the workdir of this very training, or a new one",
                 "give each training a workdir of its own, or delete the folder if its rounds are not wanted.",
             )
@@ -136,7 +152,8 @@ class RoundStore:
             raise MissingFileError(
                 f"there is no file {missing[0]}, and training has come to round {num_rounds}.",
                 "the workdir of the run that is resumed",
-                "name the workdir that the interrupted run had, or train from the start.",
+                "name the workdir that the interrupted run had, or train from the start; rounds that another resume has "
+                f"replaced are in {self.folder / REPLACED_FOLDER}.",
             )
         return [read_json(path) for path in paths]
 
@@ -150,7 +167,7 @@ class RoundStore:
         """Keep what a refresh in the making has finished if it is of the same identity, and nothing else."""
         path = self.ranking_folder(index) / "identity.json"
         if not (path.exists() and read_json(path) == dict(identity)):
-            (self.round_folder(index) / ROUND_FILE).unlink(missing_ok=True)  # of the round that is made anew
+            self._set_aside(index)
             shutil.rmtree(self.ranking_folder(index), ignore_errors=True)
             write_json(path, dict(identity))
 
@@ -176,7 +193,7 @@ class RoundStore:
     def write_account(self, report: Mapping[str, Any]) -> None:
         """Keep what selecting cost in all, at the end of training."""
         write_json(self.folder / OVERHEAD_FILE, dict(report))
-        give_up(self.folder / LOCK_FILE)
+        self.give_up()
 
     def write(self, record: Mapping[str, Any], selection: Selection, earlier: list[dict[str, Any]]) -> None:
         """Finish a round; later ones, which followed from another past, go."""
@@ -184,7 +201,7 @@ class RoundStore:
         import pyarrow.parquet as pq
 
         index = int(record["index"])
-        (self.round_folder(index) / ROUND_FILE).unlink(missing_ok=True)
+        self._set_aside(index)
         table = pa.table(
             {
                 "text_id": selection.text_ids,
@@ -195,13 +212,31 @@ class RoundStore:
         )
         with atomic_path(self.round_folder(index) / SELECTION_FILE) as partial:
             pq.write_table(table, partial)
-        for later in self.folder.glob("round-*"):
-            if int(later.name.removeprefix("round-")) > index:
-                shutil.rmtree(later)
         lines = [json.dumps(row, ensure_ascii=False) for row in [*earlier, dict(record)]]
         with atomic_path(self.folder / TABLE_FILE) as partial:
             partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
         write_json(self.round_folder(index) / ROUND_FILE, dict(record))
+
+    def _set_aside(self, index: int) -> None:
+        """Make way for a round: those from it on followed from another past. What they have finished is kept elsewhere."""
+        later = sorted(path for path in self.folder.glob("round-*") if int(path.name.removeprefix("round-")) >= index)
+        finished = [path for path in later if (path / ROUND_FILE).exists()]
+        for path in finished:
+            kept = self.folder / REPLACED_FOLDER / f"{path.name}-{read_json(path / ROUND_FILE)['chain'][:8]}"
+            shutil.rmtree(kept, ignore_errors=True)  # the very same round, replaced before
+            kept.parent.mkdir(exist_ok=True)
+            path.replace(kept)
+        for path in set(later) - set(finished):
+            if path != self.round_folder(index):
+                shutil.rmtree(path)
+        if finished:
+            warnings.warn(
+                f"training goes on from round {index} in another way than before (other weights, options or sizes), so "
+                f"{', '.join(path.name for path in finished)} of {self.folder} are replaced; the old ones are kept in "
+                f"{REPLACED_FOLDER}/. Checkpoints that were saved in them cannot be resumed with this workdir.",
+                ReplacedRoundsWarning,
+                stacklevel=2,
+            )
 
 
 def mean_by_target(values: np.ndarray, names: list[str]) -> dict[str, float]:

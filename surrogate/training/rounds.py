@@ -7,20 +7,23 @@
         optimizer.zero_grad()
 
 The order of a round follows from its number and the seed, so a loop that is resumed by `state_dict` sees the batches that it
-would have seen, with any number of workers. The loaders draw nothing from torch's global random state.
+would have seen, with any number of workers. The loaders draw nothing from torch's global random state. Seconds of training, of
+which selecting may cost a share (`max_overhead`), are those of the loop's body and of the wait for its batches; `paused` leaves
+out what is no training.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from oracle.errors import InputError, InputTypeError, MismatchError, check_count
 from oracle.language_model import LanguageModel
-from surrogate.training.pool_texts import PoolTexts, collate
+from surrogate.training.pool_texts import PoolTexts, check_base, collate
 from surrogate.training.refresher import Refresher
 from surrogate.training.round_feed import RoundFeed
 from surrogate.training.round_reports import metrics_of
@@ -104,6 +107,8 @@ class Rounds:
         self._rank, self._world_size = _place()
         texts = refresher.texts if isinstance(refresher, StreamRefresher) else PoolTexts(refresher.pool)
         texts.tokenizer, texts.max_tokens = lm.tokenizer, lm.max_tokens
+        if base is not None:
+            check_base(base, None if isinstance(refresher, StreamRefresher) else refresher.pool)
         dataset = SelectedDataset(
             texts if base is None else base,
             every * grad_accumulation * batch_size * self._world_size,
@@ -143,13 +148,29 @@ class Rounds:
         while self.step < self.max_steps:
             round_, _ = self.feed.enter(self.step, self.lm)
             self._batches = self._places(round_.index)[: (self.max_steps - self.step) * self.grad_accumulation]
+            start_seconds = time.perf_counter()
             for number, batch in enumerate(self._loader, start=1):
                 self.completes_step = number % self.grad_accumulation == 0
                 self.step += int(self.completes_step)
-                start_seconds = time.perf_counter()
                 yield _to_device(batch, self.lm.device)
-                self.feed.add_seconds(time.perf_counter() - start_seconds)
+                now_seconds = time.perf_counter()
+                self.feed.add_seconds(now_seconds - start_seconds)
+                start_seconds = now_seconds
         self.feed.finish(self.step)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what is done in the block, an evaluation or a checkpoint, out of the seconds of training.
+
+        Example:
+            >>> with rounds.paused():  # doctest: +SKIP
+            ...     evaluate(module)
+        """
+        start_seconds = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.feed.add_seconds(start_seconds - time.perf_counter())
 
     def _places(self, index: int) -> list[list[int]]:
         """This process's micro-batches of the round that are still to come."""

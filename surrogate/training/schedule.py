@@ -70,6 +70,8 @@ class Schedule:
                 "pass num_rounds=... beside it.",
             )
         first = math.ceil(share * (num_rounds or 0) - 1e-9)
+        if num_rounds and share < 1:  # few rounds: what is asked for is at least one of them
+            first = min(first, num_rounds - 1)
         return cls(refresh_every=refresh_every, drift_threshold=drift_threshold, first_selected=first, num_rounds=num_rounds)
 
     def why_not(self, index: int, *, ranked_in: int | None, strategy: Any) -> str:

@@ -165,10 +165,26 @@ class StreamRefresher:
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint of the training needs (see `Refresher.state_dict`)."""
         current = {} if self._current is None else self._current[1].state_dict()
-        return {"num_rounds": self.num_rounds_done, "chain": current.get("chain", "")}
+        return {
+            "num_rounds": self.num_rounds_done,
+            "chain": current.get("chain", ""),
+            "window": self.window,
+            "rounds_per_window": self.rounds_per_window,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken (see `Refresher.load_state_dict`)."""
+        """Go on where `state_dict` was taken (see `Refresher.load_state_dict`).
+
+        Raises:
+            MismatchError: It is of windows of another size, by which the place in the stream is counted, or of another run.
+        """
+        for name, value in (("window", self.window), ("rounds_per_window", self.rounds_per_window)):
+            if state[name] != value:
+                raise MismatchError(
+                    f"the checkpoint has {name}={state[name]}, and now {name}={value}.",
+                    "windows of the same size as before",
+                    "go on with the old value, or begin a new training.",
+                )
         self.rewind(int(state["num_rounds"]))
         if self.state_dict()["chain"] != state["chain"]:
             raise MismatchError(
@@ -186,6 +202,11 @@ class StreamRefresher:
             rows.append({**record, "index": index, "window": number})
         return rows
 
+    def close(self) -> None:
+        """Let other processes make rounds in the window that was opened last."""
+        if self._current is not None:
+            self._current[1].store.give_up()
+
     # ------------------------------------------------------------------ windows
 
     def _open(self, number: int, *, must_exist: bool = False) -> Refresher:
@@ -200,6 +221,7 @@ class StreamRefresher:
                 )
             with working_together() as processes:
                 processes.on_first(lambda: self._compare(path) if path.exists() else self._read(number, path))
+            self.close()
             self.texts.show(number)
             options = {"num_rounds": self.rounds_per_window, **self.options}
             self._current = number, Refresher(self.texts.pool, self.targets, workdir=path.parent, **options)

@@ -216,6 +216,16 @@ def test_options_are_ones_that_a_refresher_and_its_strategy_take(lm, tmp_path):
         )
 
 
+def test_a_plan_for_token_ids_has_no_features_of_words(lm, tmp_path):
+    from surrogate.training.refresher import Refresher
+
+    model, strings = lm
+    pool = [{"input_ids": model.tokenizer(text)["input_ids"]} for text in strings]
+    found = plan(model, pool, {"a": pool[:3]}, training_tokens=1e6, max_overhead=50.0)
+    assert not found.sizes.has_texts and "text_stats" not in (*found.choices.encoder, *found.choices.second_encoder)
+    Refresher(pool, {"a": pool[:3]}, workdir=tmp_path, **found.refresher_options())
+
+
 def test_a_run_by_the_plan_counts_the_flops_that_were_planned(lm, tmp_path):
     from surrogate.training.refresher import Refresher
 

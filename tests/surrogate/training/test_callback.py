@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 import oracle
 from oracle.errors import InputError, MismatchError, MissingFileError, NotFiniteError
 from surrogate.training import InfluenceCallback
-from surrogate.training.callback import InexactDropoutWarning, UnreportedWarning
+from surrogate.training.callback import InexactDropoutWarning, LongItemsWarning, UnreportedWarning
+from surrogate.training.resume_check import ResumeUncheckedWarning
 from surrogate.training.round_reports import OverheadWarning, RefreshFailedWarning
 from tests.surrogate.training.conftest import ByFingerprint
 
@@ -370,6 +371,19 @@ def test_a_dataset_of_ones_own_is_adopted_if_it_is_made_of_the_pool(setting):
         assert seen == sorted(callback.refresher.round_at(0).rows.tolist())
 
 
+def test_items_longer_than_what_is_measured_are_told(setting):
+    callback = setting.callback(strategy="random", max_tokens=8)
+    trainer = setting.trainer(callback, is_attached=False)
+    trainer.train_dataset = datasets.Dataset.from_list(setting.pool)
+    with pytest.warns(LongItemsWarning, match="up to 40 tokens, and texts are measured up to 8"):
+        callback.attach(trainer)
+    of_trl = setting.callback("trl", strategy="random", max_tokens=None)
+    args = trainer.args
+    args.max_length = 24  # as SFTConfig has it
+    of_trl.on_init_end(args, None, None, model=trainer.model)
+    assert of_trl.train_dataset.base.max_tokens == 24
+
+
 def test_a_dataset_that_does_not_say_whose_items_it_has_is_refused(setting):
     """A trainer that packs or shuffles makes as many items as the pool has texts, and of other texts."""
     callback = setting.callback(strategy="random")
@@ -408,12 +422,14 @@ def test_texts_that_the_trainer_dropped_are_not_chosen(setting):
     assert set(seen) <= set(kept) and len(set(seen)) == 32
 
 
-def test_the_heads_of_a_resumed_gpt_neox_are_watched(setting):
-    """In transformers 5.23 resuming leaves its output head as it was; a version that mends that resumes exactly."""
+@pytest.mark.parametrize("kind, part", [("neox", "lm_head"), ("mixtral", "experts")])
+def test_weights_that_a_resume_leaves_as_they_were_are_found_out(kind, part, setting):
+    """In transformers 5.23 GPT-NeoX's output head and a mixture's experts; a version that mends that resumes exactly."""
+    make = partial(setting.make_module, kind)
     trainers = {}
     for name, module in (("whole", None), ("resumed", None), ("loaded", "checkpoint")):
         callback = setting.callback(strategy="random")
-        module = setting.make_module("neox") if module is None else AutoModelForCausalLM.from_pretrained(setting.checkpoint(4))
+        module = make() if module is None else AutoModelForCausalLM.from_pretrained(setting.checkpoint(4))
         trainer = trainers[name] = setting.trainer(callback, module=module, save_strategy="steps", save_steps=4)
         if name == "whole":
             trainer.train()
@@ -425,7 +441,7 @@ def test_the_heads_of_a_resumed_gpt_neox_are_watched(setting):
             try:
                 trainer.train(resume_from_checkpoint=setting.checkpoint(4))
             except MismatchError as error:
-                assert "lm_head.weight is not that of" in str(error) and "from_pretrained" in str(error)
+                assert part in str(error) and "from_pretrained" in str(error)
             else:
                 assert same(weights(trainer), trainers["whole_weights"])
 
@@ -446,6 +462,16 @@ def test_a_resume_without_what_it_needs_is_refused(setting):
         other = setting.trainer(setting.callback(**{"strategy": "random", **options}), **arguments)
         with pytest.raises(MismatchError, match=difference):
             other.train(resume_from_checkpoint=setting.checkpoint(4))
+    averaged = setting.trainer(
+        setting.callback("averaged", strategy="random", average_decay=0.9), output="first", save_strategy="steps", save_steps=4
+    )
+    averaged.train()
+    other = setting.trainer(setting.callback("averaged", strategy="random", average_decay=0.9), output="second")
+    with (
+        pytest.raises(MissingFileError, match=r"average of the weights, is not in .*second"),
+        pytest.warns(ResumeUncheckedWarning),
+    ):
+        other.train(resume_from_checkpoint=setting.checkpoint(4, "first"))
     plain = Trainer(
         setting.make_module("llama"),
         TrainingArguments(

@@ -19,6 +19,7 @@ from oracle.texts import list_text_ids, read_texts
 from surrogate.fidelity import measure_fidelity
 from surrogate.scores import Scores
 from surrogate.training.refresher import Refresher
+from surrogate.training.round_store import ReplacedRoundsWarning
 from surrogate.training.schedule import Schedule
 from surrogate.training.strategies import Ranking, RankingContext
 from tests.conftest import VOCABULARY, build_module
@@ -170,7 +171,10 @@ def test_refreshes_come_on_schedule(tmp_path: Path) -> None:
     assert [record["ranked_in_round"] for record in refresher.table()] == [0, 0, 2, 2, 4]
 
 
-@pytest.mark.parametrize(("options", "first"), [({"warmup_fraction": 0.25}, 1), ({"final_fraction": 0.5}, 2)])
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [({"warmup_fraction": 0.25}, 1), ({"final_fraction": 0.5}, 2), ({"final_fraction": 0.1}, 3), ({"warmup_fraction": 0.9}, 3)],
+)
 def test_random_texts_before_selection_begins(tmp_path: Path, options: dict[str, float], first: int) -> None:
     refresher = counting(tmp_path, num_rounds=4, **options)
     rounds = [refresher.next_round(num_texts=10) for _ in range(4)]
@@ -215,11 +219,16 @@ def test_a_round_of_another_size_is_made_anew_and_later_ones_go(tmp_path: Path) 
     first = counting(tmp_path)
     for _ in range(3):
         first.next_round(num_texts=20)
+    stored = {path.parent.name: path.read_bytes() for path in tmp_path.glob("round-*/round.json")}
     second = counting(tmp_path)
     assert second.next_round(num_texts=20).text_ids == first.round_at(0).text_ids
-    assert len(second.next_round(num_texts=10).rows) == 10
+    with pytest.warns(ReplacedRoundsWarning, match=r"from round 1 in another way.*round-00001, round-00002 of"):
+        assert len(second.next_round(num_texts=10).rows) == 10
     assert not (tmp_path / "round-00002").exists()
     assert len((tmp_path / "rounds.jsonl").read_text().splitlines()) == 2
+    for index in (1, 2):  # nothing that was paid for is lost
+        kept = tmp_path / f"replaced/round-0000{index}-{first.table()[index]['chain'][:8]}"
+        assert (kept / "round.json").read_bytes() == stored[f"round-0000{index}"] and (kept / "ranking/scores.parquet").exists()
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -237,6 +246,17 @@ def test_a_workdir_of_other_options_is_refused(tmp_path: Path) -> None:
     counting(tmp_path).next_round(num_texts=20)
     with pytest.raises(MismatchError, match="seed: stored 0, asked 1"):
         counting(tmp_path, seed=1).next_round(num_texts=20)
+
+
+@pytest.mark.parametrize("changed", [{"max_overhead": 0.5}, {"allow_low_fidelity": True}])
+def test_what_warnings_advise_to_change_may_be_changed_when_training_is_resumed(tmp_path: Path, changed: dict[str, Any]) -> None:
+    first = counting(tmp_path)
+    first.next_round(num_texts=20)
+    resumed = counting(tmp_path, **changed)
+    resumed.load_state_dict(first.state_dict())
+    assert resumed.next_round(num_texts=20, trained_flops=1e3, coming_flops=1e3, planned_flops=2e3).record["refreshed"]
+    with pytest.raises(MismatchError, match="training that began otherwise"):  # from the start it would read what others made
+        counting(tmp_path, **changed).next_round(num_texts=20)
 
 
 def test_a_failing_refresh_goes_on_with_the_ranking_before(tmp_path: Path) -> None:
@@ -360,8 +380,18 @@ def test_the_overhead_forbids_a_refresh_and_says_why(tmp_path: Path) -> None:
     assert rounds[1].record["overhead_planned"]["flops"] == pytest.approx(20 / 250)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), MemoryError("none"), TooLittleMemoryError("a", "b", "c")])
-def test_a_refresh_without_memory_is_lived_with_also_at_first(tmp_path: Path, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no memory"),
+        MemoryError("none"),
+        TooLittleMemoryError("a", "b", "c"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        np.linalg.LinAlgError("Singular matrix"),
+        torch.linalg.LinAlgError("not positive definite"),
+    ],
+)
+def test_a_refresh_without_memory_or_a_solution_is_lived_with_also_at_first(tmp_path: Path, error: Exception) -> None:
     class Hungry(Counting):
         def rank(self, context: RankingContext) -> Ranking:
             raise error

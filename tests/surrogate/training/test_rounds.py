@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +14,9 @@ import torch
 import oracle
 from oracle.errors import InputError, InputTypeError, MismatchError, MissingFileError, NotFiniteError
 from surrogate.scores import Scores
-from surrogate.training import Refresher, Rounds
-from surrogate.training.pool_texts import PoolTexts
+from surrogate.training import InfluenceCallback, Refresher, Rounds
+from surrogate.training.pool_texts import PoolTexts, collate
+from surrogate.training.round_feed import RoundCountWarning
 from surrogate.training.round_reports import RefreshFailedWarning, SmallPoolWarning, metrics_of
 from surrogate.training.strategies import Ranking
 from tests.surrogate.training.conftest import ByFingerprint
@@ -292,6 +294,35 @@ def test_a_dataset_of_ones_own_is_trained_on(make_module, pool, tmp_path):
     rows = training.refresher.round_at(0).rows
     seen = sorted(int(row[0]) for batch in training.batches for row in batch["input_ids"])
     assert seen == sorted(3 + int(row) % 50 for row in rows)
+
+
+@pytest.mark.parametrize("wrong", ["longer", "shuffled"])
+def test_items_that_are_not_those_of_the_pools_texts_are_refused(wrong, make_module, pool, tmp_path):
+    texts = oracle.read_texts(pool)
+    own = [*pool[:3], *pool] if wrong == "longer" else texts.select(range(63, -1, -1))
+    with pytest.raises(InputError, match=f"base of {len(own)} items"):
+        Training(make_module, pool, tmp_path, strategy="random", base=own)
+    with pytest.raises(InputError, match=f"base of {len(own)} items"):
+        InfluenceCallback(pool, every=3, workdir=tmp_path, strategy="random", base=own)
+    Training(make_module, pool, tmp_path, strategy="random", base=texts)
+
+
+def test_seconds_are_those_of_the_loop_and_its_data_but_for_pauses(make_module, pool, tmp_path):
+    def collate_slowly(items):
+        time.sleep(0.05)
+        return collate(items)
+
+    rounds = Training(make_module, pool, tmp_path, strategy="random", max_steps=2, collate_fn=collate_slowly).rounds
+    for _ in rounds:
+        time.sleep(0.05)
+        with rounds.paused():
+            time.sleep(1.0)
+    assert 4 * 0.1 <= rounds.state_dict()["feed"]["seconds"] < 1.0
+
+
+def test_another_number_of_rounds_than_the_refresher_was_told_is_said(make_module, pool, tmp_path):
+    with pytest.warns(RoundCountWarning, match=r"num_rounds=2, and 8 steps in rounds of every=3 are 3 rounds.*Pass every=4"):
+        Training(make_module, pool, tmp_path, strategy="random", refresher_options={"num_rounds": 2})
 
 
 def test_a_checkpoint_is_resumed_only_as_itself(make_module, pool, tmp_path):

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 import oracle
 from oracle.errors import InputError, MismatchError, MissingFileError
-from surrogate.training import InfluenceCallback, Rounds, StreamRefresher
+from surrogate.training import InfluenceCallback, Rounds, StreamRefresher, held_files
 from surrogate.training.streaming import StreamResumeWarning
 
 ROWS = [{"input_ids": [3 + number % 200, 3 + number // 200, 5 + number % 7]} for number in range(100)]
@@ -62,6 +62,22 @@ def test_a_resumed_training_goes_on_in_the_stream_and_says_that_this_is_approxim
         assert shown(batches) == whole, stop
 
 
+def test_a_resume_with_windows_of_another_size_is_refused(make_module, tmp_path):
+    first = rounds_of(make_module, tmp_path)
+    next(iter(first))
+    for name, value in (("window", 10), ("rounds_per_window", 1)):
+        refresher = StreamRefresher(stream(), workdir=tmp_path, **{**OPTIONS, name: value})
+        with pytest.raises(MismatchError, match=f"{name}={OPTIONS[name]}, and now {name}={value}"):
+            refresher.load_state_dict(first.state_dict()["feed"]["refresher"])
+
+
+def test_one_window_at_a_time_is_held_and_none_after_training(make_module, tmp_path):
+    number = len(held_files._held)
+    for _ in rounds_of(make_module, tmp_path):
+        assert len(held_files._held) == number + 1
+    assert len(held_files._held) == number
+
+
 def test_a_stream_that_ends_begins_again(make_module, tmp_path):
     numbers = shown(list(rounds_of(make_module, tmp_path, source=ROWS[:30], max_steps=8)))
     assert {text for batch in numbers[4:] for text in batch} <= {*range(20, 30), *range(10)}
@@ -93,6 +109,8 @@ def test_a_stream_under_the_trainer(row_tokens, make_module, tmp_path):
 
 
 def test_what_a_stream_cannot_have_is_refused(make_module, tmp_path):
+    with pytest.raises(InputError, match=r"base=\.\.\., and a stream"):
+        rounds_of(make_module, tmp_path / "base", base=ROWS)
     for options, given in (
         ({"max_overhead": 0.1}, "max_overhead"),
         ({"warmup_fraction": 0.1}, "warmup_fraction"),
