@@ -39,21 +39,23 @@ from surrogate.training.round_feed import RoundFeed
 from surrogate.training.round_reports import metrics_of
 from surrogate.training.selected_dataset import SelectedDataset
 from surrogate.training.streaming import StreamRefresher
-from surrogate.training.trainer_checks import check_arguments, check_loader, check_order, inner_optimizer, order_of, rows_in_pool
+from surrogate.training.trainer_checks import (
+    check_arguments,
+    check_loader,
+    check_order,
+    inner_optimizer,
+    order_of,
+    rows_in_pool,
+    tell_of_long_items,
+)
 from surrogate.training.weight_average import WeightAverage
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-NUM_LOOKED_AT = 256  # of a trainer's own items, to see how long they are
-
 
 class UnreportedWarning(UserWarning):
     """The Trainer reports to a logger, and the callback cannot reach it."""
-
-
-class LongItemsWarning(UserWarning):
-    """A trainer's own items are longer than the texts that are measured."""
 
 
 class InexactDropoutWarning(UserWarning):
@@ -357,14 +359,7 @@ class InfluenceCallback(TrainerCallback, ExportableState):
                 "leave row_tokens out: packed, such items would be predicted whole, also what the trainer masks.",
             )
         rows = rows_in_pool(base, self.pool)
-        longest = max((len(base[row].get("input_ids", ())) for row in range(min(len(base), NUM_LOOKED_AT))), default=0)
-        if longest > self._texts.max_tokens:
-            warnings.warn(
-                f"the trainer's items have up to {longest} tokens, and texts are measured up to {self._texts.max_tokens} of "
-                "them; pass InfluenceCallback(max_tokens=...) with the length that is trained on.",
-                LongItemsWarning,
-                stacklevel=3,
-            )
+        tell_of_long_items(base, max_tokens=self._texts.max_tokens)
         if len(rows) < len(self.pool):
             self._texts.pool = self.pool.select(rows)
             self._build()

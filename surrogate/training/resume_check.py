@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oracle.errors import MismatchError
+from oracle.progress import without_bars
 
 WEIGHT_FILE, ADAPTER_FILE = "model.safetensors", "adapter_model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -124,7 +125,8 @@ def _not_as_loaded(module: nn.Module, names: list[str], folder: Path) -> list[st
     inner = getattr(module, "_orig_mod", module)
     if not names or not isinstance(inner, PreTrainedModel) or (folder / ADAPTER_FILE).is_file():
         return names
-    loaded = type(inner).from_pretrained(folder).state_dict()
+    with without_bars():
+        loaded = type(inner).from_pretrained(folder).state_dict()
     live = inner.state_dict()
     return [name for name in names if name not in loaded or not _equal(live[name], loaded[name])]
 

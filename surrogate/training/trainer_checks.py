@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 ORDER_ARGUMENTS = ("train_sampling_strategy", "data_seed", "seed")  # decide the order of a round's items
+NUM_LOOKED_AT = 256  # of a trainer's own items, to see how long they are
+
+
+class LongItemsWarning(UserWarning):
+    """A trainer's own items are longer than the texts that are measured."""
 
 
 def check_arguments(args: Any) -> None:
@@ -122,6 +128,18 @@ def rows_in_pool(base: Any, pool: Dataset) -> list[int]:
             "InfluenceCallback(base=...) a dataset whose item i is text i of callback.pool.",
         )
     return rows
+
+
+def tell_of_long_items(base: Any, *, max_tokens: int) -> None:
+    """Warn where a trainer's own items, of which the first are looked at, are longer than the texts that are measured."""
+    longest = max((len(base[row].get("input_ids", ())) for row in range(min(len(base), NUM_LOOKED_AT))), default=0)
+    if longest > max_tokens:
+        warnings.warn(
+            f"the trainer's items have up to {longest} tokens, and texts are measured up to {max_tokens} of them; pass "
+            "InfluenceCallback(max_tokens=...) with the length that is trained on.",
+            LongItemsWarning,
+            stacklevel=4,
+        )
 
 
 def _has_texts(base: Any, pool: Dataset, columns: Sequence[str]) -> bool:

@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 import oracle
 from oracle.errors import InputError, MismatchError, MissingFileError, NotFiniteError
 from surrogate.training import InfluenceCallback
-from surrogate.training.callback import InexactDropoutWarning, LongItemsWarning, UnreportedWarning
+from surrogate.training.callback import InexactDropoutWarning, UnreportedWarning
 from surrogate.training.resume_check import ResumeUncheckedWarning
 from surrogate.training.round_reports import OverheadWarning, RefreshFailedWarning
+from surrogate.training.trainer_checks import LongItemsWarning
 from tests.surrogate.training.conftest import ByFingerprint
 
 QUIET = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no"}
