@@ -2,13 +2,15 @@
 
 Each command prints one JSON object as its last line on stdout; progress and messages go to stderr. Exit codes:
 0 done, 1 refused (the JSON says what was given, what is accepted and what to do), 2 wrong usage, 3 done but for rows or files
-that were put aside.
+that were put aside, 130 stopped from the keyboard.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -130,8 +132,25 @@ def plan(
     finish(plan_stage(model=model, parameters=parameters, proxy=proxy, **texts, numbers=sizes, options=options))
 
 
+STOPPED = 130  # exit code of a program that is stopped from the keyboard
+
+
+def _told_when_stopped(command: Callable[..., None]) -> Callable[..., None]:
+    """Say that a command which is stopped from the keyboard can be gone on with."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except KeyboardInterrupt:
+            sys.stderr.write("stopped from the keyboard; what is finished is kept, and the same command goes on from there\n")
+            raise typer.Exit(STOPPED) from None
+
+    return run
+
+
 for command in (label, calibrate, judge, embed, fit, score, select, cascade, distil, explain, plan, methods, demo):
-    app.command()(command)
+    app.command()(_told_when_stopped(command))
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:

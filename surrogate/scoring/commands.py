@@ -108,9 +108,7 @@ def _tell_stopped(output: Path) -> None:
     with suppress(InputError):
         manifest = read_manifest(output)
         finished = len(manifest["files"])
-        sys.stderr.write(
-            f"stopped: {finished} of {manifest['num_files']} files are finished in {output}; the same command goes on\n"
-        )
+        sys.stderr.write(f"{finished} of {manifest['num_files']} files are finished in {output}\n")
 
 
 def _in_words(told: Mapping[str, Any]) -> str:
