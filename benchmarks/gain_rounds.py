@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--refresh-labels", type=int, default=200)
     parser.add_argument("--refresh-every", type=int, default=2, help="rounds from one refresh to the next")
     parser.add_argument("--repeat", action="store_true", help="let every round offer the texts of earlier ones again")
+    parser.add_argument("--sampling", default="random", help="how a refresh draws the texts that it labels")
     parser.add_argument("--keep-labels", type=float, default=1.0, help="weight of labels one refresh old")
     parser.add_argument("--drift-threshold", type=float, default=0.8)
     parser.add_argument("--probe", type=int, default=32, help="texts labelled to see whether scores have drifted")
@@ -208,6 +209,7 @@ def _strategy(
     refresh = {
         **shared,
         "sample_size": options.refresh_labels,
+        "sampling": options.sampling,
         "num_probe": options.probe if name == "drift" else 0,
         "refresh_every": options.refresh_every,
         "keep_labels": options.keep_labels,
