@@ -181,7 +181,7 @@ def test_expected_agreement_is_the_measured_one():
     proxy = Choices(
         method="grad_dot", sample_size=2400, num_refreshes=1, refresh_every=8, encoder=("proxy",), surrogate="network"
     )
-    assert search.spearman(proxy) == pytest.approx(0.788, abs=1e-3)
+    assert search.spearman(proxy) == pytest.approx(0.789, abs=1e-3)
 
 
 def test_everything_that_was_not_chosen_has_a_reason_and_a_plan_is_json():
