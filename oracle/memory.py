@@ -22,7 +22,6 @@ from oracle.target_columns import TargetColumns
 
 T = TypeVar("T")
 
-
 NO_MEMORY_TOLD = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
 
 

@@ -196,7 +196,7 @@ class RoundStore:
         self.give_up()
 
     def write(self, record: Mapping[str, Any], selection: Selection, earlier: list[dict[str, Any]]) -> None:
-        """Finish a round; later ones, which followed from another past, go."""
+        """Finish a round; later ones, which followed from another past, make way."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
