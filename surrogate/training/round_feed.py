@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from oracle.errors import MismatchError, check_count
+from oracle.errors import check_count
 from oracle.processes import working_together
 from surrogate.training.full_precision import without_autocast
 from surrogate.training.pool_texts import PoolTexts
 from surrogate.training.refresher import Refresher
+from surrogate.training.round_identity import require_as_before
 from surrogate.training.round_reports import OverheadWarning, tell
 from surrogate.training.round_store import Round
 from surrogate.training.selected_dataset import UNKNOWN, SelectedDataset
@@ -191,13 +192,8 @@ class RoundFeed:
             MismatchError: It is of a training with rounds of another size, or of another workdir.
             MissingFileError: The rounds are not in the workdir.
         """
-        for name, value in self._shape().items():
-            if state[name] != value:
-                raise MismatchError(
-                    f"the checkpoint has rounds of {name}={state[name]}, and now {name}={value}.",
-                    "the same steps per round, items per step (batch size, accumulation, processes) and tokens as before",
-                    "go on with these, or begin a new training.",
-                )
+        what = "steps per round, items per step (batch size, accumulation, processes) and tokens"
+        require_as_before(state, self._shape(), what=what)
         self.refresher.load_state_dict(state["refresher"])
         self._rounds_counted, self._tokens_before = int(state["rounds_counted"]), int(state["tokens_before"])
         self._seconds = float(state["seconds"])

@@ -1,4 +1,7 @@
-"""What decides a round, as JSON values: a round on disk with the same identity is read and not made again."""
+"""What decides a round, as JSON values: a round on disk with the same identity is read and not made again.
+
+And what a training that is resumed has in common with the one before.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from oracle.errors import MismatchError
 
 if TYPE_CHECKING:
     from oracle.language_model import LanguageModel
@@ -47,3 +52,23 @@ class RoundIdentity:
         if self._tokenizer is None or self._tokenizer[0] is not lm.tokenizer:
             self._tokenizer = lm.tokenizer, lm.tokenizer_fingerprint()
         return self._tokenizer[1]
+
+
+def require_as_before(state: Mapping[str, Any], present: Mapping[str, Any], *, what: str) -> None:
+    """Refuse to resume a training with settings that its checkpoint has otherwise.
+
+    Args:
+        state: The checkpoint's state, with these settings among others.
+        present: The settings now.
+        what: What they decide, for the error: "order of batches".
+
+    Raises:
+        MismatchError: Some differ; all of them are listed.
+    """
+    changed = [f"{name}={state[name]!r}, and now {name}={value!r}" for name, value in present.items() if state[name] != value]
+    if changed:
+        raise MismatchError(
+            f"the checkpoint has {'; '.join(changed)}.",
+            f"the same {what} as before",
+            "go on with the old values, or begin a new training.",
+        )

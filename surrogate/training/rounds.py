@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
-from oracle.errors import InputError, InputTypeError, MismatchError, check_count
+from oracle.errors import InputError, InputTypeError, check_count
 from oracle.language_model import LanguageModel
 from surrogate.training.pool_texts import PoolTexts, check_base, collate
 from surrogate.training.refresher import Refresher
 from surrogate.training.round_feed import RoundFeed
+from surrogate.training.round_identity import require_as_before
 from surrogate.training.round_reports import metrics_of
 from surrogate.training.round_store import Round
 from surrogate.training.selected_dataset import SelectedDataset, mixed
@@ -191,13 +192,7 @@ class Rounds:
             MismatchError: It is of a training with rounds of another size or order, or of another workdir.
             MissingFileError: The rounds are not in the workdir.
         """
-        for name, value in (("seed", self.seed), ("shuffle", self.shuffle)):
-            if state[name] != value:
-                raise MismatchError(
-                    f"the checkpoint has {name}={state[name]}, and now {name}={value}.",
-                    "the same order of batches as before",
-                    "go on with the old value, or begin a new training.",
-                )
+        require_as_before(state, {"seed": self.seed, "shuffle": self.shuffle}, what="order of batches")
         self.feed.load_state_dict(state["feed"])
         self.step = int(state["step"])
 

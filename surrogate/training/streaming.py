@@ -28,6 +28,7 @@ from oracle.processes import working_together
 from oracle.texts import list_text_ids, read_texts, write_texts
 from surrogate.training.pool_texts import PoolTexts
 from surrogate.training.refresher import Refresher
+from surrogate.training.round_identity import require_as_before
 from surrogate.training.round_store import Round
 
 if TYPE_CHECKING:
@@ -168,9 +169,11 @@ class StreamRefresher:
         return {
             "num_rounds": self.num_rounds_done,
             "chain": current.get("chain", ""),
-            "window": self.window,
-            "rounds_per_window": self.rounds_per_window,
+            **self._size(),
         }
+
+    def _size(self) -> dict[str, int]:
+        return {"window": self.window, "rounds_per_window": self.rounds_per_window}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken (see `Refresher.load_state_dict`).
@@ -178,13 +181,7 @@ class StreamRefresher:
         Raises:
             MismatchError: It is of windows of another size, by which the place in the stream is counted, or of another run.
         """
-        for name, value in (("window", self.window), ("rounds_per_window", self.rounds_per_window)):
-            if state[name] != value:
-                raise MismatchError(
-                    f"the checkpoint has {name}={state[name]}, and now {name}={value}.",
-                    "windows of the same size as before",
-                    "go on with the old value, or begin a new training.",
-                )
+        require_as_before(state, self._size(), what="size of windows")
         self.rewind(int(state["num_rounds"]))
         if self.state_dict()["chain"] != state["chain"]:
             raise MismatchError(

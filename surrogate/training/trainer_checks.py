@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import DataCollatorWithPadding, default_data_collator
 
-from oracle.errors import InputError, MismatchError
+from oracle.errors import InputError
 from oracle.text_formats import FORMATS, TEXT_ID
 from oracle.texts import list_text_ids, text_format
+from surrogate.training.round_identity import require_as_before
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -93,13 +94,7 @@ def check_order(args: Any, stored: Mapping[str, Any]) -> None:
     Raises:
         MismatchError: An argument differs from that of the checkpoint.
     """
-    for name, value in order_of(args).items():
-        if stored[name] != value:
-            raise MismatchError(
-                f"the checkpoint is of a training with {name}={stored[name]!r}, and now it is {value!r}.",
-                "the same order of batches as before",
-                "go on with the old value, or begin a new training.",
-            )
+    require_as_before(stored, order_of(args), what="order of batches")
 
 
 def rows_in_pool(base: Any, pool: Dataset) -> list[int]:

@@ -455,8 +455,12 @@ def test_a_resume_without_what_it_needs_is_refused(setting):
         elsewhere.train(resume_from_checkpoint=setting.checkpoint(4))
     for options, arguments, difference in (
         ({}, {"per_device_train_batch_size": 4}, "num_items=12, and now num_items=24"),
-        ({}, {"train_sampling_strategy": "sequential"}, "train_sampling_strategy='random', and now it is 'sequential'"),
-        ({}, {"data_seed": 5}, "data_seed=None, and now it is 5"),
+        (
+            {},
+            {"train_sampling_strategy": "sequential"},
+            "train_sampling_strategy='random', and now train_sampling_strategy='sequential'",
+        ),
+        ({}, {"data_seed": 5}, "data_seed=None, and now data_seed=5"),
         ({"max_tokens": 32}, {}, "max_tokens=64, and now max_tokens=32"),
         ({"row_tokens": 8}, {}, "row_tokens=None, and now row_tokens=8"),
     ):
