@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from oracle.artifacts import fingerprint
 from surrogate.scores import Scores
 from surrogate.selection import Budget, Selection, select
+from surrogate.training.pool_state import Candidates
 from surrogate.training.round_store import HeldRanking, mean_by_target
 from surrogate.training.sampling import draw_order
 
@@ -45,17 +46,17 @@ class Choice:
     def select(
         self,
         held: HeldRanking,
-        candidates: np.ndarray,
+        candidates: Candidates,
         *,
         index: int,
         size: Mapping[str, int],
         token_counts: np.ndarray | None,
     ) -> Selection:
-        """Take the best of the candidates (M,), which the ranking knows.
+        """Take what the pass before has left, and then the best of the other candidates, all of which the ranking knows.
 
         Args:
             held: The ranking.
-            candidates: Row numbers of the pool.
+            candidates: Rows of the pool.
             index: The round; a rule with chance draws anew in each.
             size: `num_texts` or `num_tokens`; less is taken where there is less.
             token_counts: (N,) tokens of the pool's texts, for `num_tokens`.
@@ -63,6 +64,29 @@ class Choice:
         Raises:
             LowFidelityError: The scores are at chance for a target that the rule looks at.
         """
+        if not len(candidates.leftover):
+            return self._best(held, candidates.rows, index=index, size=size, token_counts=token_counts)
+        first = self._best(held, candidates.leftover, index=index, size=size, token_counts=token_counts)
+        taken = len(first) if token_counts is None else int(token_counts[candidates.leftover].sum())
+        others = np.setdiff1d(candidates.rows, candidates.leftover)
+        room = {unit: asked - taken for unit, asked in size.items()}
+        if token_counts is not None and token_counts[others].min() > room["num_tokens"]:
+            return first
+        rest = self._best(held, others, index=index, size=room, token_counts=token_counts)
+        counts = None if rest.tokens_per_text is None else [*(first.tokens_per_text or ()), *rest.tokens_per_text]
+        return replace(
+            rest,
+            text_ids=[*first.text_ids, *rest.text_ids],
+            reasons=[*first.reasons, *rest.reasons],
+            ranks=[*first.ranks, *rest.ranks],
+            values=np.concatenate([first.values, rest.values]),
+            combined=np.concatenate([first.combined, rest.combined]),
+            tokens_per_text=counts,
+        )
+
+    def _best(
+        self, held: HeldRanking, candidates: np.ndarray, *, index: int, size: Mapping[str, int], token_counts: np.ndarray | None
+    ) -> Selection:
         rows = {self.text_ids[row]: row for row in candidates}
         known = held.scores.text_ids
         places = [place for place, text_id in enumerate(known) if text_id in rows]

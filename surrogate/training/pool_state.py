@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,22 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from oracle.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Rows of the pool that a round may take, ascending.
+
+    Attributes:
+        rows: (M,) all of them.
+        leftover: (L,) those that the pass before has left, fewer than the round takes: it takes them, and goes on among the
+            others in a new pass.
+        starts_pass: Whether a new pass over the pool begins.
+    """
+
+    rows: np.ndarray
+    leftover: np.ndarray
+    starts_pass: bool
 
 
 class PoolState:
@@ -54,7 +71,7 @@ class PoolState:
         return np.array([self.row_of[text_id] for text_id in text_ids], dtype=np.int64)
 
     def take(self, rows: np.ndarray, *, starts_pass: bool) -> None:
-        """Note that texts are trained on; with `starts_pass` all others are free again."""
+        """Note that texts are trained on; with `starts_pass` all others are free again, also what was left of the pass before."""
         if starts_pass:
             self._consumed[:] = False
         self._consumed[rows] = True
@@ -68,18 +85,21 @@ class PoolState:
         """The rows that may be chosen at the beginning of a pass, ascending."""
         return np.flatnonzero(~self._reserved)
 
-    def candidates(self, size: Mapping[str, int], lm: LanguageModel | None) -> tuple[np.ndarray, bool]:
-        """Return the rows that may be chosen, ascending, and whether a new pass over the pool begins.
-
-        It does where what is left is less than `size` (`num_texts` or `num_tokens`) asks for.
-        """
-        free = self.free
+    def candidates(self, size: Mapping[str, int], lm: LanguageModel | None) -> Candidates:
+        """Return what a round of `size` (`num_texts` or `num_tokens`) may take; too little left of a pass begins a new one."""
+        free, none = self.free, np.zeros(0, dtype=np.int64)
         if not self.consume_once:
-            return free, False
+            return Candidates(free, none, starts_pass=False)
         left = np.flatnonzero(~self._reserved & ~self._consumed)
         available = int(self.token_counts(lm)[left].sum()) if "num_tokens" in size else len(left)
-        is_spent = len(left) < len(free) and available < next(iter(size.values()))
-        return (free, True) if is_spent else (left, False)
+        if len(left) < len(free) and available < next(iter(size.values())):
+            return Candidates(free, left, starts_pass=True)
+        return Candidates(left, none, starts_pass=False)
+
+    def count_tokens_by(self, num_tokens: Sequence[int] | np.ndarray) -> None:
+        """Take these (N,) tokens of the texts, where none are known yet."""
+        if self._counts is None:
+            self._counts = check_num_tokens(num_tokens, num_texts=len(self.texts))
 
     def token_counts(self, lm: LanguageModel | None) -> np.ndarray:
         """(N,) tokens of the texts as the model sees them, counted once."""

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from oracle.artifacts import fingerprint
-from oracle.errors import InputError, MismatchError, MissingFileError, check_choice
+from oracle.errors import InputError, MismatchError, MissingFileError, check_choice, check_count
 from oracle.processes import working_together
 from oracle.targets import read_targets
 from oracle.texts import list_text_ids, read_texts
@@ -72,8 +72,9 @@ class Refresher:
         refresh_every: Rounds from one refresh to the next; with `drift_threshold`, from one look at the drift to the next.
         drift_threshold: Refresh only when the stale scores' rank agreement with fresh labels of the probe has fallen below
             this share of what it was at the last refresh, or there was none; None refreshes on schedule.
-        consume_once: Do not offer a text again until the pool is spent. A new pass over it begins with a refresh, if the
-            present ranking does not know all texts. Where the useful texts are fewer than training takes, let them come
+        consume_once: Do not offer a text again until the pool is spent: a round takes what the pass before has left, and goes
+            on with the best of the others. A new pass begins with a refresh, if the present ranking does not know all
+            texts. Where the useful texts are fewer than training takes, let them come
             again: with False the losses of `benchmarks/gain_rounds.py` on mathematics fell three times as far.
         warmup_fraction: Share of the rounds, at the beginning, with texts at random; needs `num_rounds`. Rounded up to whole
             rounds, but for the last one, which is selected.
@@ -123,6 +124,7 @@ class Refresher:
         seed: int = 0,
         **strategy_options: Any,
     ) -> None:
+        check_count("seed", seed, minimum=0)
         self.pool = read_texts(pool)
         self.text_ids = list_text_ids(self.pool)
         self.strategy = make_strategy(strategy, strategy_options, other_options=OWN_OPTIONS)
@@ -221,11 +223,18 @@ class Refresher:
                 are noisy at a constant learning rate. A resumed training has to bring its average along.
 
         Raises:
-            InputError: Not exactly one of `num_texts` and `num_tokens`, or what the strategy or rule raises.
+            InputError: Not exactly one of `num_texts` and `num_tokens`, an average of nothing, or what the strategy
+                or rule raises.
         """
         if (num_texts is None) == (num_tokens is None):
             raise InputError(
                 f"num_texts={num_texts!r} and num_tokens={num_tokens!r}.", "exactly one of the two", "say how large the round is."
+            )
+        if average is not None and step and not average.num_updates:
+            raise InputError(
+                f"a running average that has counted no weights after {step} steps.",
+                "one that watches the optimiser, or that was loaded with the checkpoint",
+                "call average.watch(optimizer) before training; resumed, average.load_state_dict(...) as well.",
             )
         size: dict[str, int] = {"num_tokens": num_tokens} if num_texts is None else {"num_texts": num_texts}  # type: ignore[dict-item]
         start_seconds = time.perf_counter()
@@ -248,6 +257,10 @@ class Refresher:
                     start_seconds=start_seconds,
                 )
         return self._accept(record)
+
+    def count_tokens_by(self, num_tokens: Sequence[int] | np.ndarray) -> None:
+        """Count these (N,) tokens of the pool's texts in rounds of `num_tokens`, unless they were given to begin with."""
+        self._state.count_tokens_by(num_tokens)
 
     def round_at(self, index: int) -> Round:
         """Return a round that was made before.
@@ -279,7 +292,7 @@ class Refresher:
         self._records, self._maker.held = records, None
         self._state.forget()
         for index, record in enumerate(records):
-            self._state.take(self._round(index, record).rows, starts_pass=record["starts_pass"])
+            self._take(self._round(index, record))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint of the training needs to say where the refresher is; the rest is in `workdir`."""
@@ -338,9 +351,13 @@ class Refresher:
             self._last = Round(index, self._state.rows(ids), ids, record)
         return self._last
 
+    def _take(self, made: Round) -> None:
+        own = made.rows[made.record.get("num_leftover", 0) :]  # what was left of the pass before comes first
+        self._state.take(own, starts_pass=made.record["starts_pass"])
+
     def _accept(self, record: dict[str, Any]) -> Round:
         made = self._round(len(self._records), record)
-        self._state.take(made.rows, starts_pass=record["starts_pass"])
+        self._take(made)
         self.overhead.load_state_dict(record["account"])
         self._records.append(record)
         return made

@@ -23,7 +23,7 @@ from surrogate.planning.first_cost import expected_first
 from surrogate.planning.overhead import Overhead
 from surrogate.selection import Selection
 from surrogate.training.choice import Choice, describe
-from surrogate.training.pool_state import PoolState
+from surrogate.training.pool_state import Candidates, PoolState
 from surrogate.training.round_store import HeldRanking, RoundStore
 from surrogate.training.schedule import Schedule, drift_of
 from surrogate.training.strategies import Ranking, RankingContext
@@ -56,7 +56,7 @@ class RoundMaker:
 
     def why_not(self, records: Records, size: Mapping[str, int], lm: LanguageModel | None) -> str:
         """Say why the round after `records` begins without a new ranking; "" where one is due, if it can be afforded."""
-        _, starts_pass = self.pool.candidates(size, lm)
+        starts_pass = self.pool.candidates(size, lm).starts_pass
         return self.schedule.why_not(len(records), ranked_in=self._last_try(records, starts_pass), strategy=self.strategy)
 
     def make(
@@ -72,11 +72,12 @@ class RoundMaker:
         start_seconds: float,
     ) -> dict[str, Any]:
         """Make the round after `records`, begun at `start_seconds`; all processes call it, the first one writes the record."""
-        candidates, starts_pass = self.pool.candidates(size, lm)
-        record: dict[str, Any] = {"index": identity["index"], "step": step, "identity": identity, "starts_pass": starts_pass}
+        candidates = self.pool.candidates(size, lm)
+        record: dict[str, Any] = {"index": identity["index"], "step": step, "identity": identity}
+        record |= {"starts_pass": candidates.starts_pass, "num_leftover": len(candidates.leftover)}
         record |= {"reason": "", "refreshed": False, "drift": None, "failure": None, "left_out": False, "costs": {}, "facts": {}}
         record |= {"num_labels": 0, "num_ranked": 0}
-        context = self._context(lm, candidates, records, size=size, num_processes=processes.world_size)
+        context = self._context(lm, candidates.rows, records, size=size, num_processes=processes.world_size)
         ranking = None
         if self._is_due(context, record, records, coming_flops=coming_flops, processes=processes):
             ranking = self._rank(context, record, processes=processes)
@@ -86,7 +87,7 @@ class RoundMaker:
             held, selection = self._choose(ranking, candidates, record, records, size=size, token_counts=counts)
             if ranking is not None:
                 self.store.save_ranking(record["index"], ranking)
-            record.update(describe(held, selection, candidate_ids={self.choice.text_ids[row] for row in candidates}))
+            record.update(describe(held, selection, candidate_ids={self.choice.text_ids[row] for row in candidates.rows}))
             seconds = time.perf_counter() - start_seconds
             self._count(record, seconds=seconds * processes.world_size)
             record["seconds"] = round(seconds, 3)
@@ -270,7 +271,7 @@ class RoundMaker:
     def _choose(
         self,
         ranking: Ranking | None,
-        candidates: np.ndarray,
+        candidates: Candidates,
         record: dict[str, Any],
         records: Records,
         *,
@@ -287,7 +288,7 @@ class RoundMaker:
                 if self.stops_on_failure:
                     raise
                 record["failure"], record["refreshed"] = f"{type(error).__name__}: {error}", False
-        held = self._present(candidates, self._complete(records, record["starts_pass"]), index=index)
+        held = self._present(candidates.rows, self._complete(records, record["starts_pass"]), index=index)
         return held, self.choice.select(held, candidates, index=index, size=size, token_counts=token_counts)
 
     def _present(self, candidates: np.ndarray, ranked: int | None, *, index: int) -> HeldRanking:

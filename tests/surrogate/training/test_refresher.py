@@ -123,6 +123,30 @@ def test_a_spent_pool_begins_anew_with_all_texts(tmp_path: Path) -> None:
     assert [record["starts_pass"] for record in refresher.table()] == [False, False, True]
 
 
+def test_what_a_pass_has_left_is_taken_before_the_next_one_begins(tmp_path: Path) -> None:
+    order = sorted(list_text_ids(read_texts(POOL)), key=lambda text_id: -int(text_id[:6], 16))
+    refresher = counting(tmp_path, Once())
+    seen = [text_id for _ in range(5) for text_id in refresher.next_round(num_texts=50).text_ids]
+    assert seen == [order[place % NUM_TEXTS] for place in range(250)]
+    resumed = counting(tmp_path, Once())
+    resumed.rewind(3)  # within the second pass, which began within a round
+    assert resumed.next_round(num_texts=50).text_ids == seen[150:200]
+
+
+def test_what_a_pass_has_left_is_taken_before_the_next_one_begins_by_tokens(tmp_path: Path) -> None:
+    counts = [len(row["input_ids"]) for row in POOL]
+    refresher = counting(tmp_path, num_tokens=counts)
+    made = [refresher.next_round(num_tokens=500) for _ in range(7)]
+    ends = [index for index, round_ in enumerate(made) if round_.record["starts_pass"]]
+    first = [row for round_ in made[: ends[0]] for row in round_.rows] + list(
+        made[ends[0]].rows[: made[ends[0]].record["num_leftover"]]
+    )
+    assert sorted(first) == list(range(NUM_TEXTS))
+    assert all(450 < sum(counts[row] for row in round_.rows) <= 500 for round_ in made)
+    seen = np.bincount(np.concatenate([round_.rows for round_ in made]), minlength=NUM_TEXTS)
+    assert seen.max() - seen.min() <= 1
+
+
 def test_a_new_pass_is_ranked_anew_where_the_ranking_does_not_know_all_texts(tmp_path: Path) -> None:
     strategy = Counting()
     refresher = counting(tmp_path / "due", strategy, refresh_every=100, warmup_fraction=0.2, num_rounds=5)
