@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from oracle.artifacts import read_json
-from oracle.errors import InputError, MismatchError, MissingFileError, check_at_least
+from oracle.errors import InputError, InputTypeError, MismatchError, MissingFileError, check_count
 from oracle.processes import working_together
 from oracle.texts import list_text_ids, read_texts, write_texts
 from surrogate.training.pool_texts import PoolTexts
@@ -70,6 +70,12 @@ class WindowTexts(PoolTexts):
     def pool(self) -> Dataset:
         """The window's texts, from its file."""
         number = int(self._number)
+        if number < 0:
+            raise InputError(
+                "the texts of a stream, of which no window was read yet.",
+                "train_dataset=callback.train_dataset, which shows each window when training comes to it",
+                "pass that; a trainer that tokenises texts in advance (TRL's SFTTrainer) cannot train on a stream.",
+            )
         if self._loaded is None or self._loaded[0] != number:
             self._loaded = number, read_texts(str(window_folder(self.folder, number) / "texts.parquet"))
         return self._loaded[1]
@@ -109,8 +115,14 @@ class StreamRefresher:
         rounds_per_window: int = 1,
         **options: Any,
     ) -> None:
-        check_at_least("window", window, 1)
-        check_at_least("rounds_per_window", rounds_per_window, 1)
+        check_count("window", window)
+        check_count("rounds_per_window", rounds_per_window)
+        if isinstance(stream, (str, Path, Mapping)):
+            raise InputTypeError(
+                f"a stream, window={window}, that is a {type(stream).__name__}: {str(stream)[:80]!r}.",
+                "an iterable of texts as strings or dicts",
+                "pass for example datasets.load_dataset('parquet', data_files='pool/*.parquet', split='train', streaming=True).",
+            )
         refused = sorted(set(options) & set(REFUSED))
         if refused or iter(stream) is stream:
             raise InputError(
@@ -217,39 +229,41 @@ class StreamRefresher:
                     "name the workdir that the interrupted run had, or train from the start.",
                 )
             with working_together() as processes:
-                processes.on_first(lambda: self._compare(path) if path.exists() else self._read(number, path))
+                processes.on_first(lambda: self._compare(number, path) if path.exists() else self._read(number, path))
             self.close()
             self.texts.show(number)
             options = {"num_rounds": self.rounds_per_window, **self.options}
             self._current = number, Refresher(self.texts.pool, self.targets, workdir=path.parent, **options)
         return self._current[1]
 
-    def _compare(self, path: Path) -> None:
-        """Refuse windows of another stream; seen by the first one, when training begins anew."""
-        if self._is_resumed or path != window_folder(self.folder, 0) / "texts.parquet":
+    def _compare(self, number: int, path: Path) -> None:
+        """Refuse a window of another stream, where training begins anew; a resumed one would have to read the stream for that."""
+        if self._is_resumed:
             return
-        rows = list(itertools.islice(_endless(self.stream), self.window))
-        if list_text_ids(read_texts(rows)) != list_text_ids(read_texts(str(path))):
+        if list_text_ids(read_texts(self._rows_of(number))) != list_text_ids(read_texts(str(path))):
             raise MismatchError(
-                f"{path} does not hold the first {self.window} texts of the stream.",
+                f"{path} does not hold the texts of the stream from {number * self.window} to {(number + 1) * self.window}.",
                 "the workdir of a training on this stream, or an empty one",
                 "name another workdir.",
             )
 
     def _read(self, number: int, path: Path) -> None:
+        if self._is_resumed and number and (self._reader is None or self._reader[0] != number):
+            warnings.warn(
+                f"the stream is begun anew and its first {number * self.window} texts are passed over: the resumed training sees "
+                "the texts that it would have seen only if the stream yields the same ones again.",
+                StreamResumeWarning,
+                stacklevel=2,
+            )
+        write_texts(read_texts(self._rows_of(number)), path)
+
+    def _rows_of(self, number: int) -> list[Any]:
+        """Read a window from the stream, which goes on behind the last one that was read."""
         if self._reader is None or self._reader[0] != number:
-            skipped = number * self.window
-            if self._is_resumed and skipped:
-                warnings.warn(
-                    f"the stream is begun anew and its first {skipped} texts are passed over: the resumed training sees the "
-                    "texts that it would have seen only if the stream yields the same ones again.",
-                    StreamResumeWarning,
-                    stacklevel=2,
-                )
-            self._reader = number, itertools.islice(_endless(self.stream), skipped, None)
+            self._reader = number, itertools.islice(_endless(self.stream), number * self.window, None)
         rows = list(itertools.islice(self._reader[1], self.window))
         self._reader = number + 1, self._reader[1]
-        write_texts(read_texts(rows), path)
+        return rows
 
     def _numbered(self, number: int, made: Round) -> Round:
         index = number * self.rounds_per_window + made.index

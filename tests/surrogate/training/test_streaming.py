@@ -120,14 +120,21 @@ def test_what_a_stream_cannot_have_is_refused(make_module, tmp_path):
             StreamRefresher(stream(), workdir=tmp_path, **{**OPTIONS, **options})
     with pytest.raises(InputError, match="read only once"):
         StreamRefresher(iter(ROWS), workdir=tmp_path, **OPTIONS)
+    for name in ("pool/*.parquet", tmp_path):
+        with pytest.raises(InputError, match=r"(?s)a stream, window=20, that is a .*load_dataset"):  # its letters are no texts
+            StreamRefresher(name, workdir=tmp_path, **OPTIONS)
+    with pytest.raises(InputError, match=r"(?s)no window was read yet.*SFTTrainer"):
+        len(StreamRefresher(stream(), workdir=tmp_path, **OPTIONS).pool)
     with pytest.raises(InputError, match="without texts"):
         list(rounds_of(make_module, tmp_path / "empty", source=[]))
     state = rounds_of(make_module, tmp_path / "run")
     list(state)
     with pytest.raises(MissingFileError, match="training has come to it"):
         rounds_of(make_module, tmp_path / "elsewhere").load_state_dict(state.state_dict())
-    with pytest.raises(MismatchError, match="first 20 texts of the stream"):
+    with pytest.raises(MismatchError, match="texts of the stream from 0 to 20"):
         list(rounds_of(make_module, tmp_path / "run", source=ROWS[1:]))
+    with pytest.raises(MismatchError, match="texts of the stream from 20 to 40"):
+        list(rounds_of(make_module, tmp_path / "run", source=[*ROWS[:20], *ROWS[40:]]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         list(rounds_of(make_module, tmp_path / "run"))  # the same stream from the start
