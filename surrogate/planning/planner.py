@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oracle.errors import InputError, check_at_least, check_choice
+from oracle.errors import InputError, check_at_least, check_choice, check_count
 from surrogate.planning.cost_model import TOKENS_PER_SECOND, Rates, Sizes
 from surrogate.planning.costs import check_share
 from surrogate.planning.plan_reasons import alternatives, assumptions, fit_reason, remedy
@@ -117,7 +117,7 @@ def plan(
 def _check_options(*, max_overhead: float, prefer: str, num_rounds: int, encoders: Sequence[str], method: str | None) -> None:
     check_share("max_overhead", max_overhead)
     check_choice("prefer", prefer, PREFERENCES)
-    check_at_least("num_rounds", num_rounds, 1)
+    check_count("num_rounds", num_rounds)
     for name in encoders:
         check_choice("encoders", name, ENCODERS)
     if method is not None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from oracle.errors import InputError, MissingFileError, check_count
+from oracle.errors import InputError, InputTypeError, MissingFileError, check_count
 from oracle.language_model import DEFAULT_MAX_TOKENS, LanguageModel
 from oracle.targets import read_targets
 from oracle.texts import read_texts
@@ -37,7 +37,7 @@ from surrogate.training.refresher_options import check_targets, make_strategy
 from surrogate.training.resume_check import check_resumed, find_checkpoint
 from surrogate.training.round_feed import RoundFeed
 from surrogate.training.round_reports import metrics_of
-from surrogate.training.selected_dataset import SelectedDataset
+from surrogate.training.selected_dataset import SelectedDataset, check_row_tokens
 from surrogate.training.streaming import StreamRefresher
 from surrogate.training.trainer_checks import (
     check_arguments,
@@ -47,6 +47,7 @@ from surrogate.training.trainer_checks import (
     order_of,
     rows_in_pool,
     tell_of_long_items,
+    tell_of_other_masks,
 )
 from surrogate.training.weight_average import WeightAverage
 
@@ -77,7 +78,8 @@ class InfluenceCallback(TrainerCallback, ExportableState):
         tokenizer: The model's tokenizer; None takes the Trainer's `processing_class`.
         max_tokens: Longer texts are cut there; None means the `max_length` of TRL's arguments, else 512, and the model's context
             if that is shorter.
-        row_tokens: Pack the chosen texts into rows of so many tokens; None trains on single texts.
+        row_tokens: Pack the chosen texts into rows of so many tokens, with an end-of-text token after each of them, which
+            items of your own (`base`) bring themselves; None trains on single texts.
         base: A dataset of your own whose item i is text i of `callback.pool`; None tokenises the pool's texts.
         keep_autocast: Measure labels in the Trainer's mixed precision: cheaper, and only for methods by gradients (see
             `surrogate.training.full_precision`).
@@ -116,6 +118,12 @@ class InfluenceCallback(TrainerCallback, ExportableState):
         **refresher_options: Any,
     ) -> None:
         check_count("every", every)
+        if max_tokens is not None:
+            check_count("max_tokens", max_tokens, minimum=2)
+        if isinstance(tokenizer, str):
+            raise InputTypeError(
+                f"tokenizer={tokenizer!r}.", "a Hugging Face tokenizer", "pass AutoTokenizer.from_pretrained(...) of that name."
+            )
         self.every, self.keep_autocast, self.average_decay = every, keep_autocast, average_decay
         self._max_tokens, self._tokenizer = max_tokens, tokenizer
         self._stream: StreamRefresher | None = None
@@ -141,6 +149,7 @@ class InfluenceCallback(TrainerCallback, ExportableState):
         self._args: Any = None
         self._trainer: Any = None
         self._begun: Any = None  # the state of the training that was begun last
+        self._begun_at = 0  # its step when it began
         self._watching: Any = None  # what ends the average's watch of the optimiser
         self._mark_seconds = 0.0  # since when training runs
 
@@ -182,7 +191,7 @@ class InfluenceCallback(TrainerCallback, ExportableState):
             self.on_init_end(trainer.args, trainer.state, trainer.control, **handed)
         self._trainer = trainer
         if trainer.train_dataset is not self.train_dataset:
-            self._adopt(trainer.train_dataset)
+            self._adopt(trainer)
             trainer.train_dataset = self.train_dataset
         return trainer
 
@@ -210,9 +219,10 @@ class InfluenceCallback(TrainerCallback, ExportableState):
                 "pass InfluenceCallback(tokenizer=...) or Trainer(processing_class=...).",
             )
         context = getattr(getattr(kwargs.get("model"), "config", None), "max_position_embeddings", None)
+        check_row_tokens(self.train_dataset.row_tokens, context)
         self._texts.tokenizer = tokenizer
         most = getattr(args, "max_length", None) or DEFAULT_MAX_TOKENS
-        self._texts.max_tokens = self._max_tokens or min(most, context or most)
+        self._texts.max_tokens = min(most, context or most) if self._max_tokens is None else self._max_tokens
         if self.train_dataset.row_tokens is not None and not self._own_base:
             self.train_dataset.separator = self._texts.separator
         steps = self.every * args.gradient_accumulation_steps
@@ -227,7 +237,7 @@ class InfluenceCallback(TrainerCallback, ExportableState):
             raise InputError(
                 "a trainer that has this callback twice.", "each callback once", "leave one of them out of callbacks=[...]."
             )
-        self._begun = state
+        self._begun, self._begun_at = state, state.global_step
         check_arguments(args)
         num_batches = self.every * args.gradient_accumulation_steps
         loader = kwargs["train_dataloader"]
@@ -265,6 +275,12 @@ class InfluenceCallback(TrainerCallback, ExportableState):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin a round, or show again the one that training was resumed in."""
         feed = self._running()
+        if state.global_step % self.every and state.global_step != self._begun_at:
+            raise InputError(
+                f"an epoch that ended at step {state.global_step}, within a round of {self.every} steps.",
+                "epochs that end with their round",
+                "let no other callback set should_epoch_stop; should_training_stop ends a training anywhere.",
+            )
         lm = LanguageModel(
             kwargs["model"],
             self._texts.tokenizer,
@@ -344,8 +360,9 @@ class InfluenceCallback(TrainerCallback, ExportableState):
             )
         return self._feed
 
-    def _adopt(self, base: Any) -> None:
-        """Take a dataset that was made of the pool; texts that it has dropped leave the pool as well."""
+    def _adopt(self, trainer: Any) -> None:
+        """Take a trainer's dataset that was made of the pool; texts that it has dropped leave the pool as well."""
+        base = trainer.train_dataset
         if self._stream is not None:
             raise InputError(
                 "a stream, and a trainer with a dataset of its own.",
@@ -359,10 +376,12 @@ class InfluenceCallback(TrainerCallback, ExportableState):
                 "leave row_tokens out: packed, such items would be predicted whole, also what the trainer masks.",
             )
         rows = rows_in_pool(base, self.pool)
-        tell_of_long_items(base, max_tokens=self._texts.max_tokens)
         if len(rows) < len(self.pool):
             self._texts.pool = self.pool.select(rows)
             self._build()
+        if "input_ids" in base[0]:
+            tell_of_long_items(base, max_tokens=self._texts.max_tokens)
+            tell_of_other_masks(base, trainer.args, self._texts)
         self.train_dataset.replace_base(base)
         self._own_base = True
 

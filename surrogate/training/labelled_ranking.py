@@ -25,7 +25,7 @@ import numpy as np
 from oracle import plugins
 from oracle.artifacts import read_json, write_json
 from oracle.comparison import spearman
-from oracle.errors import InputError, check_at_least, check_choice
+from oracle.errors import InputError, check_at_least, check_choice, check_count
 from oracle.labels import Labels
 from oracle.plugins import option
 from oracle.processes import working_together
@@ -74,8 +74,11 @@ class LabelledRanking:
             if isinstance(encoder, str):
                 plugins.load(ENCODERS, encoder)
         check_choice("sampling", self.sampling, SAMPLINGS)
-        for name, minimum in (("num_folds", 2), ("sample_size", self.num_folds), ("num_probe", 0), ("keep_labels", 0)):
-            check_at_least(name, getattr(self, name), minimum)
+        for name, minimum in (("num_folds", 2), ("sample_size", self.num_folds), ("num_probe", 0)):
+            check_count(name, getattr(self, name), minimum)
+        if self.max_target_texts is not None:
+            check_count("max_target_texts", self.max_target_texts)
+        check_at_least("keep_labels", self.keep_labels, 0)
         if self.keep_labels > 1 or not 0 < self.second_share <= 1:
             raise InputError(
                 f"keep_labels={self.keep_labels!r}, second_share={self.second_share!r}.",
@@ -221,6 +224,7 @@ class LabelledRanking:
             "live_features": self._has_live_features(),
             "num_labelled": len(labels),
             "num_older_labels": sum(len(old) for old, _ in older),
+            "metric": labels.meta.get("facts", {}).get("preconditioner_used"),
         }
         predictors = [first]
         if self.second_encoder:

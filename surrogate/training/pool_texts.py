@@ -6,14 +6,14 @@ is trained on. Nothing is kept: a text that is asked for again is tokenised agai
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from oracle.encoding import IGNORED, EncodedText, encode_texts
-from oracle.errors import InputError
+from oracle.errors import InputError, InputTypeError
 from oracle.language_model import DEFAULT_MAX_TOKENS
 from oracle.text_formats import TEXT_ID
 from oracle.texts import list_text_ids, text_format
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 PADDING = 0  # any token will do: the attention mask hides it, and it has no label
+KEPT_COLUMNS = ("position_ids", "token_type_ids")  # of items of a user's own, padded with 0
 
 
 class PoolTexts(torch.utils.data.Dataset):
@@ -84,6 +85,12 @@ def check_base(base: Any, pool: Dataset | None) -> None:
         raise InputError(
             "base=..., and a stream.", "one of the two", "leave base out: the windows of a stream are tokenised here."
         )
+    if not (hasattr(base, "__len__") and hasattr(base, "__getitem__")):
+        raise InputTypeError(
+            f"base={type(base).__name__}, which has no length or no items by number.",
+            "a map-style dataset, such as a datasets.Dataset or a list of items",
+            "make a list of it.",
+        )
     columns = getattr(base, "column_names", None) or ()
     if len(base) != len(pool) or (TEXT_ID in columns and list(base[TEXT_ID]) != list_text_ids(pool)):
         raise InputError(
@@ -93,20 +100,50 @@ def check_base(base: Any, pool: Dataset | None) -> None:
         )
 
 
+def check_items(base: Any) -> None:
+    """Refuse items that `collate` cannot make a batch of, by the first one.
+
+    Raises:
+        InputError: It has no `input_ids`.
+    """
+    item = base[0]
+    if not isinstance(item, Mapping) or "input_ids" not in item:
+        given = ", ".join(item) if isinstance(item, Mapping) else type(item).__name__
+        raise InputError(
+            f"a dataset whose items have no input_ids ({given}).",
+            "items with input_ids and, unless all of them are predicted, labels",
+            "pass train_dataset=callback.train_dataset, which tokenises the pool's texts; or tokenised items; or a collator of "
+            "your own that tokenises them.",
+        )
+
+
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Pad items of `input_ids` and `labels` on the right.
 
+    Items without `labels` are predicted whole. What they have of `attention_mask`, `position_ids` and `token_type_ids` is kept;
+    without a mask all their tokens are attended to. Other columns are left out.
+
     Shapes:
         `input_ids`, `labels` (-100 in the padding) and `attention_mask`, all (B, L) int64.
+
+    Raises:
+        InputError: An item has no `input_ids`.
     """
-    ids = [torch.as_tensor(item["input_ids"], dtype=torch.long) for item in items]
-    labels = [torch.as_tensor(item["labels"], dtype=torch.long) for item in items]
-    return {
+    check_items(items)
+    ids = _tensors(item["input_ids"] for item in items)
+    masks = [item.get("attention_mask", [1] * len(item["input_ids"])) for item in items]
+    batch = {
         "input_ids": _pad(ids, PADDING),
-        "labels": _pad(labels, IGNORED),
-        "attention_mask": _pad([torch.ones_like(row) for row in ids], 0),
+        "labels": _pad(_tensors(item.get("labels", item["input_ids"]) for item in items), IGNORED),
+        "attention_mask": _pad(_tensors(masks), 0),
     }
+    kept = [name for name in KEPT_COLUMNS if all(name in item for item in items)]
+    return batch | {name: _pad(_tensors(item[name] for item in items), 0) for name in kept}
 
 
-def _pad(rows: Sequence[Tensor], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)  # (B, L)
+def _tensors(rows: Iterable[Any]) -> list[Tensor]:
+    return [torch.as_tensor(row, dtype=torch.long) for row in rows]
+
+
+def _pad(rows: list[Tensor], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)  # (B, L)

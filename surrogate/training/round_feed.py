@@ -72,6 +72,7 @@ class RoundFeed:
         self.present: Round | None = None
         self._rounds_counted, self._tokens_before = 0, 0  # whole rounds that were trained on, and their tokens
         self._seconds = 0.0
+        self._counted: Any = None  # items of a user's own, whose tokens the refresher knows
         self._mean_tokens: tuple[int, float] | None = None  # version of the texts, and their mean length
         self._version = texts.version
         self._flops_per_token: float | None = None  # of training; None before the first round
@@ -106,7 +107,8 @@ class RoundFeed:
             self.present = self.refresher.round_at(index)
         self.dataset.select(self.present.rows)
         if begins:
-            tell(self.present.record, step=step, repeats=self.dataset.repeats, told=self._told)
+            repeats = self.dataset.repeats
+            tell(self.present.record, step=step, repeats=repeats, optimizer=lm.optimizer, told=self._told)
         return self.present, begins
 
     def finish(self, step: int) -> dict[str, Any] | None:
@@ -145,6 +147,7 @@ class RoundFeed:
         if self.dataset.row_tokens is None:
             size = {"num_texts": self.dataset.num_items}
         else:
+            self._count_own_items()
             size = {"num_tokens": self._tokens_to_ask_for()}
         assert self._flops_per_token is not None
         coming = self._flops_per_token * self._tokens_expected()
@@ -225,7 +228,16 @@ class RoundFeed:
                 lengths[missing] = read(rows[missing])
         return int(np.resize(lengths, self.dataset.num_items).sum())  # resize repeats from the beginning, as the dataset does
 
+    def _count_own_items(self) -> None:
+        """Let rounds of so many tokens count those of a user's own items, of which each may have others than its text."""
+        base = self.dataset.base
+        if base is not self.texts and base is not self._counted and isinstance(self.refresher, Refresher):
+            self._counted, self._mean_tokens = base, None
+            self.refresher.count_tokens_by(self.dataset.read_lengths(np.arange(len(base))))
+
     def _encoded_lengths(self, rows: np.ndarray) -> np.ndarray:
+        if self._counted is not None:
+            return self.dataset.read_lengths(rows)
         return np.array([len(text.input_ids) for text in self.texts.encode(rows.tolist())], dtype=np.int64)
 
     def _tokens_expected(self) -> float:

@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 METRIC_PREFIX = "influence/"
 MANY_REPEATS = 1.5  # of a round's texts, from which on it is said
 
@@ -18,17 +20,22 @@ class OverheadWarning(UserWarning):
     """A refresh was left out because of `max_overhead`, or selecting cost more than that."""
 
 
+class NoMetricWarning(UserWarning):
+    """Labels do not know how the optimiser scales gradients."""
+
+
 class SmallPoolWarning(UserWarning):
     """A round shows its texts several times."""
 
 
-def tell(record: Mapping[str, Any], *, step: int, repeats: float, told: set[type[Warning]]) -> None:
-    """Warn of a refresh that failed; and, once in a training, of one that was left out and of too few texts.
+def tell(record: Mapping[str, Any], *, step: int, repeats: float, optimizer: Any, told: set[type[Warning]]) -> None:
+    """Warn of a refresh that failed; and, once in a training, of one that was left out, of too few texts, of a missing metric.
 
     Args:
         record: The round's row in the table.
         step: The step that it begins at.
         repeats: How often it shows its texts.
+        optimizer: The one that labels were measured with, or None.
         told: What was said once already; gets what is said now.
     """
     if record["failure"]:
@@ -51,6 +58,16 @@ def tell(record: Mapping[str, Any], *, step: int, repeats: float, told: set[type
         )
         warnings.warn(text, SmallPoolWarning, stacklevel=4)
         told.add(SmallPoolWarning)
+    is_known = isinstance(optimizer, torch.optim.SGD) or (optimizer is not None and "betas" in optimizer.param_groups[0])
+    if record["facts"].get("metric") == "none" and not is_known and NoMetricWarning not in told:
+        given = "no optimiser" if optimizer is None else f"the optimiser {type(optimizer).__name__}"
+        text = (
+            f"labels are measured as for plain gradient descent, since the model has {given}: pass the one that trains it "
+            "(LanguageModel(module, tokenizer, optimizer)); of others than Adam and SGD the metric is not known, and "
+            "method='one_step' takes their real step."
+        )
+        warnings.warn(text, NoMetricWarning, stacklevel=4)
+        told.add(NoMetricWarning)
 
 
 def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:

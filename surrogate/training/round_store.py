@@ -10,6 +10,7 @@ back and on in another way, are put into `replaced/`. A process that makes round
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from oracle.artifacts import atomic_path, read_json, require_same, storing, write_json
-from oracle.errors import MismatchError, MissingFileError
+from oracle.errors import InputTypeError, MismatchError, MissingFileError
 from oracle.labels import Labels
 from surrogate.fidelity import Fidelity
 from surrogate.scores import Scores
@@ -72,6 +73,8 @@ class RoundStore:
     """
 
     def __init__(self, folder: str | Path) -> None:
+        if not isinstance(folder, (str, os.PathLike)):
+            raise InputTypeError(f"workdir={folder!r}.", "the path of a folder", "name the folder that the rounds are kept in.")
         self.folder = Path(folder)
 
     def hold(self) -> None:
@@ -107,7 +110,8 @@ class RoundStore:
                 options,
                 where=self.folder,
                 remedy="resume with what the training was begun with (only max_overhead and allow_low_fidelity may change), or "
-                "begin a new training with another workdir.",
+                "begin a new training with another workdir. first_selected is the first round that is not random: to train for "
+                "longer with a warmup_fraction or final_fraction, pass the num_rounds that training was begun with.",
             )
         else:
             write_json(path, dict(options))

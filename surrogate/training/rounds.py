@@ -23,13 +23,13 @@ import torch
 
 from oracle.errors import InputError, InputTypeError, check_count
 from oracle.language_model import LanguageModel
-from surrogate.training.pool_texts import PoolTexts, check_base, collate
+from surrogate.training.pool_texts import PoolTexts, check_base, check_items, collate
 from surrogate.training.refresher import Refresher
 from surrogate.training.round_feed import RoundFeed
 from surrogate.training.round_identity import require_as_before
 from surrogate.training.round_reports import metrics_of
 from surrogate.training.round_store import Round
-from surrogate.training.selected_dataset import SelectedDataset, mixed
+from surrogate.training.selected_dataset import SelectedDataset, check_row_tokens, mixed
 from surrogate.training.streaming import StreamRefresher
 from surrogate.training.weight_average import WeightAverage
 
@@ -50,7 +50,8 @@ class Rounds:
         batch_size: Items per process and micro-batch.
         max_steps: Optimiser steps in all.
         grad_accumulation: Micro-batches per optimiser step; `completes_step` tells the last one.
-        row_tokens: Pack the chosen texts into rows of so many tokens; None trains on single texts.
+        row_tokens: Pack the chosen texts into rows of so many tokens, with an end-of-text token after each of them, which
+            items of your own (`base`) bring themselves; None trains on single texts.
         base: A dataset of your own whose item i is text i of `refresher.pool`; None tokenises the pool's texts.
         collate_fn: Makes a batch of items; by default pads `input_ids` and `labels`.
         shuffle: Mix each round's items; False keeps the order of the ranking, best first.
@@ -102,6 +103,7 @@ class Rounds:
             raise InputError(
                 f"loader_options with {', '.join(taken)}.", "options that Rounds does not set itself", "leave these out."
             )
+        check_row_tokens(row_tokens, lm.context)
         self.lm, self.batch_size, self.max_steps, self.grad_accumulation = lm, batch_size, max_steps, grad_accumulation
         self.shuffle, self.seed = shuffle, seed
         self.step, self.completes_step = 0, False
@@ -110,11 +112,13 @@ class Rounds:
         texts.tokenizer, texts.max_tokens = lm.tokenizer, lm.max_tokens
         if base is not None:
             check_base(base, None if isinstance(refresher, StreamRefresher) else refresher.pool)
+            if collate_fn is collate:
+                check_items(base)
         dataset = SelectedDataset(
             texts if base is None else base,
             every * grad_accumulation * batch_size * self._world_size,
             row_tokens=row_tokens,
-            separator=None if row_tokens is None else texts.separator,
+            separator=None if row_tokens is None or base is not None else texts.separator,
         )
         self.feed = RoundFeed(
             refresher,
@@ -145,18 +149,31 @@ class Rounds:
         return {} if self.present is None else metrics_of(self.present.record)
 
     def __iter__(self) -> Iterator[Any]:
-        """Go on after the last whole step, up to `max_steps`."""
-        while self.step < self.max_steps:
-            round_, _ = self.feed.enter(self.step, self.lm)
-            self._batches = self._places(round_.index)[: (self.max_steps - self.step) * self.grad_accumulation]
-            start_seconds = time.perf_counter()
-            for number, batch in enumerate(self._loader, start=1):
-                self.completes_step = number % self.grad_accumulation == 0
-                self.step += int(self.completes_step)
-                yield _to_device(batch, self.lm.device)
-                now_seconds = time.perf_counter()
-                self.feed.add_seconds(now_seconds - start_seconds)
-                start_seconds = now_seconds
+        """Go on after the last whole step, up to `max_steps`.
+
+        A loop that is left before, by `break`, can be gone on with. One process closes the account then as at the end; several
+        have to call `close`, all of them.
+        """
+        try:
+            while self.step < self.max_steps:
+                round_, _ = self.feed.enter(self.step, self.lm)
+                self._batches = self._places(round_.index)[: (self.max_steps - self.step) * self.grad_accumulation]
+                start_seconds = time.perf_counter()
+                for number, batch in enumerate(self._loader, start=1):
+                    self.completes_step = number % self.grad_accumulation == 0
+                    self.step += int(self.completes_step)
+                    yield _to_device(batch, self.lm.device)
+                    now_seconds = time.perf_counter()
+                    self.feed.add_seconds(now_seconds - start_seconds)
+                    start_seconds = now_seconds
+        except GeneratorExit:  # one process may have left alone, and would wait here for the others
+            if self._world_size == 1:
+                self.close()
+            raise
+        self.close()
+
+    def close(self) -> None:
+        """Close the account of a training that ends here (`overhead.json`), and let other processes train with its workdir."""
         self.feed.finish(self.step)
 
     @contextmanager

@@ -52,6 +52,8 @@ class Schedule:
                 check_at_least(name, value, 0)
                 if value > 1:
                     raise InputError(f"{name}={value!r}.", "a share from 0 to 1", f"pass for example {name}=0.2.")
+        if drift_threshold is not None:
+            check_at_least("drift_threshold", drift_threshold, 0)
         if drift_threshold is not None and not 0 < drift_threshold <= 1:
             raise InputError(f"drift_threshold={drift_threshold!r}.", "a share above 0 and up to 1", "pass for example 0.8.")
         if num_rounds is not None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from oracle.encoding import IGNORED
-from oracle.errors import InputError, check_at_least
+from oracle.errors import InputError, check_at_least, check_count
 
 Item = Any
 UNKNOWN = -1  # tokens of a text that was not shown yet
@@ -52,7 +52,7 @@ class SelectedDataset(torch.utils.data.Dataset):
                 f"separator={separator!r} without row_tokens.", "a separator only where texts are packed", "leave it out."
             )
         if row_tokens is not None:
-            check_at_least("row_tokens", row_tokens, 2)
+            check_count("row_tokens", row_tokens, minimum=2)
         self.base, self.row_tokens, self.separator = base, row_tokens, separator
         self.num_items = 0
         # Of packed texts there may be any number up to the whole base, of single ones num_items.
@@ -204,6 +204,20 @@ def _take(base: Any, rows: list[int]) -> list[Item]:
     if hasattr(base, "__getitems__"):
         return list(base.__getitems__(rows))
     return [base[row] for row in rows]
+
+
+def check_row_tokens(row_tokens: int | None, context: int | None) -> None:
+    """Refuse packed rows that are longer than the model reads.
+
+    Raises:
+        InputError: They are.
+    """
+    if row_tokens is not None and context is not None and row_tokens > context:
+        raise InputError(
+            f"row_tokens={row_tokens}, and the model's context is {context} tokens.",
+            f"rows of up to {context} tokens",
+            "pass fewer row_tokens.",
+        )
 
 
 class SelectedSampler(torch.utils.data.Sampler):

@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from transformers import DataCollatorWithPadding, default_data_collator
+from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, default_data_collator
 
+from oracle.encoding import IGNORED
 from oracle.errors import InputError
 from oracle.text_formats import FORMATS, TEXT_ID
 from oracle.texts import list_text_ids, text_format
+from surrogate.training.pool_texts import PoolTexts, check_items, collate
 from surrogate.training.round_identity import require_as_before
 
 if TYPE_CHECKING:
@@ -18,10 +20,16 @@ if TYPE_CHECKING:
 
 ORDER_ARGUMENTS = ("train_sampling_strategy", "data_seed", "seed")  # decide the order of a round's items
 NUM_LOOKED_AT = 256  # of a trainer's own items, to see how long they are
+NUM_MASKS_LOOKED_AT = 16  # of them, to see which tokens are predicted
+MASK_TOLERANCE = 1.25  # between the shares of tokens predicted and measured there: an end-of-text token more does not matter
 
 
 class LongItemsWarning(UserWarning):
     """A trainer's own items are longer than the texts that are measured."""
+
+
+class OtherMaskWarning(UserWarning):
+    """A trainer's own items are predicted in other parts than the texts that are measured."""
 
 
 def check_arguments(args: Any) -> None:
@@ -65,7 +73,7 @@ def check_loader(loader: Any, dataset: Any, *, num_batches: int, is_own_base: bo
     Raises:
         InputError: It does not fit.
     """
-    found = getattr(loader, "dataset", None)
+    found: Any = getattr(loader, "dataset", None)
     if found is not dataset or len(loader) != num_batches:
         raise InputError(
             f"the Trainer's loader has {len(loader)} batches of a {type(found).__name__}, and a round {num_batches} of this "
@@ -75,10 +83,14 @@ def check_loader(loader: Any, dataset: Any, *, num_batches: int, is_own_base: bo
         )
     collator = getattr(loader, "collate_fn", None)
     collator = getattr(collator, "data_collator", collator)  # inside what removes columns
-    if not is_own_base and (collator is default_data_collator or isinstance(collator, DataCollatorWithPadding)):
+    if is_own_base and collator is collate:
+        check_items(found.base)
+    unfit = (DataCollatorWithPadding, DataCollatorForLanguageModeling)
+    if not is_own_base and (collator is default_data_collator or isinstance(collator, unfit)):
         raise InputError(
-            "the Trainer's own data collator, which does not pad labels.",
-            "a collator that pads input_ids and labels",
+            f"the data collator {getattr(collator, '__name__', type(collator).__name__)}, which does not pad the items' labels, "
+            "or makes new ones that predict prompts too.",
+            "a collator that pads input_ids and the labels that items have",
             "pass data_collator=callback.data_collator when the Trainer is made.",
         )
 
@@ -119,8 +131,9 @@ def rows_in_pool(base: Any, pool: Dataset) -> list[int]:
             f"the trainer's dataset has {len(base)} items, and nothing says that they are the {len(own)} texts of the pool in "
             "their order.",
             "a dataset made of callback.pool that keeps its column text_id, or its texts",
-            "pass train_dataset=callback.pool, without packing by the trainer (InfluenceCallback(row_tokens=...) packs); or give "
-            "InfluenceCallback(base=...) a dataset whose item i is text i of callback.pool.",
+            "pass train_dataset=callback.train_dataset; to SFTTrainer, which tokenises, callback.pool, without its packing "
+            "(InfluenceCallback(row_tokens=...) packs); or give InfluenceCallback(base=...) a dataset whose item i is text i of "
+            "callback.pool.",
         )
     return rows
 
@@ -135,6 +148,38 @@ def tell_of_long_items(base: Any, *, max_tokens: int) -> None:
             LongItemsWarning,
             stacklevel=4,
         )
+
+
+def tell_of_other_masks(base: Any, args: Any, texts: PoolTexts) -> None:
+    """Warn where training predicts clearly more or less of the first items than is measured: other turns of a chat.
+
+    Args:
+        base: The trainer's own items, with `labels`, or with the masks that TRL's collator makes labels of.
+        args: The trainer's arguments.
+        texts: The same texts as they are measured.
+    """
+    rows = range(min(len(base), NUM_MASKS_LOOKED_AT))
+    items, measured = [base[row] for row in rows], texts.encode(list(rows))
+    of_items = sum(_num_predicted(item, args) for item in items) / max(sum(len(item["input_ids"]) for item in items), 1)
+    labels = [token for text in measured for token in text.labels]
+    of_texts = sum(token != IGNORED for token in labels) / max(len(labels), 1)
+    if not of_texts / MASK_TOLERANCE <= of_items <= of_texts * MASK_TOLERANCE:
+        warnings.warn(
+            f"the trainer predicts {of_items:.0%} of the tokens of its first {len(rows)} items, and {of_texts:.0%} are measured: "
+            "the loss of chats is measured on the assistant's turns, of prompts and completions on the completions. Pass "
+            "SFTConfig(assistant_only_loss=True) for chats, completion_only_loss=True for completions, or a pool of plain texts.",
+            OtherMaskWarning,
+            stacklevel=4,
+        )
+
+
+def _num_predicted(item: Mapping[str, Any], args: Any) -> int:
+    if "labels" in item:
+        return sum(token != IGNORED for token in item["labels"])
+    masks = [list(item["assistant_masks"])] if "assistant_masks" in item else []
+    if "completion_mask" in item and getattr(args, "completion_only_loss", None) is not False:
+        masks.append(list(item["completion_mask"]))
+    return sum(map(all, zip(*masks, strict=True))) if masks else len(item.get("input_ids", ()))
 
 
 def _has_texts(base: Any, pool: Dataset, columns: Sequence[str]) -> bool:

@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
 
 import oracle
 from oracle.errors import InputError, MismatchError, MissingFileError, NotFiniteError
@@ -518,6 +518,13 @@ def test_what_a_user_forgets_or_gives_twice_is_told_before_the_first_round(setti
         ({"strategy": "refresh", "method": "graddot"}, "did you mean 'grad_dot'"),
         ({"strategy": "refresh", "method_options": {"max_norm": 1.0}}, "'max_norm' is no option"),
         ({"strategy": "refresh", "encoder": "sentences"}, "did you mean 'sentence'"),
+        ({"strategy": "refresh", "sample_size": 30.5}, "sample_size=30.5"),
+        ({"strategy": "refresh", "num_probe": 8.5}, "num_probe=8.5"),
+        ({"strategy": "refresh", "max_target_texts": 2.5}, "max_target_texts=2.5"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"row_tokens": 32.5}, "row_tokens=32.5"),
+        ({"window": 10.5}, "window=10.5"),
+        ({"tokenizer": "gpt2"}, "AutoTokenizer"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -526,6 +533,49 @@ def test_mistaken_options_are_told_when_the_callback_is_made(options, told, sett
     rest = {name: value for name, value in options.items() if name != "targets"}
     with pytest.raises(InputError, match=told):
         InfluenceCallback(setting.pool, targets, every=EVERY, workdir=setting.folder / "influence", **rest)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"workdir": None}, "workdir=None"),
+        ({"drift_threshold": "0.8"}, "drift_threshold='0.8'"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"row_tokens": 1024}, "row_tokens=1024, and the model's context is"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_mistaken_options_are_told_when_the_trainer_is_made(options, told, setting):
+    with pytest.raises(InputError, match=told):
+        setting.trainer(
+            InfluenceCallback(setting.pool, every=EVERY, **{"strategy": "random", "workdir": setting.folder, **options})
+        )
+
+
+def test_collators_that_make_other_labels_or_need_other_items_are_refused(setting, make_tokenizer):
+    tokenizer = make_tokenizer(["one two"])
+    tokenizer.pad_token = tokenizer.eos_token
+    causal = setting.trainer(setting.callback("causal", strategy="random"))
+    causal.data_collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    with pytest.raises(InputError, match="DataCollatorForLanguageModeling"):
+        causal.train()
+    callback = setting.callback("text", strategy="random")
+    trainer = setting.trainer(callback, is_attached=False)
+    trainer.train_dataset = datasets.Dataset.from_dict({"text_id": callback.pool["text_id"]})
+    with pytest.raises(InputError, match=r"no input_ids \(text_id\)"):
+        callback.attach(trainer).train()
+    assert not list(setting.folder.glob("*/round-*"))
+
+
+def test_an_epoch_that_another_callback_ends_is_refused(setting):
+    class Ends(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_epoch_stop = state.global_step == 2
+
+    trainer = setting.trainer(setting.callback(strategy="random"))
+    trainer.add_callback(Ends())
+    with pytest.raises(InputError, match="ended at step 2, within a round of 3 steps"):
+        trainer.train()
 
 
 def test_a_callback_that_is_added_later_is_attached_and_told_otherwise(setting):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
 from oracle.errors import InputError
 from surrogate.training import InfluenceCallback
+from surrogate.training.trainer_checks import OtherMaskWarning
 
 QUIET = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "bf16": False}
 STEPS = {"max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
@@ -78,3 +81,34 @@ def test_trl_trains_on_what_the_callback_shows_of_its_own_items(make_module, mak
     assert same(weights(again), weights(whole)) and again_callback.table() == callback.table()
     with pytest.raises(InputError, match="nothing says that they are the 40 texts"):
         train(packing=True)
+
+
+@pytest.mark.parametrize("is_assistant_only", [False, True])
+def test_trl_that_trains_on_other_turns_than_are_measured_is_told(is_assistant_only, make_module, make_tokenizer, tmp_path):
+    trl = pytest.importorskip("trl")
+    pool = [
+        {
+            "messages": [
+                {"role": "user", "content": f"what is {number} and {number}"},
+                {"role": "assistant", "content": f"{number}"},
+            ]
+        }
+        for number in range(24)
+    ]
+    tokenizer = make_tokenizer([message["content"] for row in pool for message in row["messages"]])
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content }}"
+        "{% endgeneration %}{% else %}{{ message.content }}{% endif %}\n{% endfor %}"
+    )
+    callback = InfluenceCallback(pool, every=3, workdir=tmp_path / "work", strategy="random")
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path / "out"), max_length=32, assistant_only_loss=is_assistant_only, **QUIET, max_steps=3
+    )
+    module = make_module("llama", vocab_size=len(tokenizer))
+    trainer = trl.SFTTrainer(module, args=args, train_dataset=callback.pool, processing_class=tokenizer, callbacks=[callback])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callback.attach(trainer)
+    told = [str(warning.message) for warning in caught if warning.category is OtherMaskWarning]
+    assert ["assistant_only_loss=True" in text for text in told] == ([] if is_assistant_only else [True])

@@ -52,6 +52,17 @@ def test_a_batch_is_padded_where_no_loss_and_no_attention_is():
     assert all(tensor.dtype == torch.long for tensor in batch.values())
 
 
+def test_what_items_say_of_attention_and_positions_is_kept():
+    left_padded = {"input_ids": [0, 0, 5, 6], "labels": [IGNORED, IGNORED, 5, 6], "attention_mask": [0, 0, 1, 1]}
+    batch = collate([{**left_padded, "position_ids": [0, 0, 0, 1], "text_id": "a"}, {"input_ids": [8], "position_ids": [0]}])
+    assert batch["attention_mask"].tolist() == [[0, 0, 1, 1], [1, 0, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 5, 6], [8, IGNORED, IGNORED, IGNORED]]  # the second is predicted whole
+    assert set(batch) == {"input_ids", "labels", "attention_mask", "position_ids"}
+    with pytest.raises(InputError, match=r"no input_ids \(text\)"):
+        collate([{"text": "a"}])
+
+
 def test_the_loss_of_a_batch_is_that_of_its_texts(make_module, make_token_texts):
     rows = make_token_texts(4, seed=1)
     module = make_module("llama")

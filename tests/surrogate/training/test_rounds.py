@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,10 +15,11 @@ import torch
 import oracle
 from oracle.errors import InputError, InputTypeError, MismatchError, MissingFileError, NotFiniteError
 from surrogate.scores import Scores
-from surrogate.training import InfluenceCallback, Refresher, Rounds
+from surrogate.training import InfluenceCallback, Refresher, Rounds, WeightAverage, held_files
 from surrogate.training.pool_texts import PoolTexts, collate
 from surrogate.training.round_feed import RoundCountWarning
-from surrogate.training.round_reports import RefreshFailedWarning, SmallPoolWarning, metrics_of
+from surrogate.training.round_reports import NoMetricWarning, RefreshFailedWarning, SmallPoolWarning, metrics_of
+from surrogate.training.selected_dataset import mixed
 from surrogate.training.strategies import Ranking
 from tests.surrogate.training.conftest import ByFingerprint
 
@@ -125,7 +127,7 @@ def test_texts_come_again_when_that_is_wanted_or_when_the_pool_is_spent(make_mod
     rounds = chosen(again)
     assert len({text_id for round_ in rounds for text_id in round_}) < sum(map(len, rounds))
     small = Training(make_module, pool[:20], tmp_path / "small").run()
-    assert [record["starts_pass"] for record in small.refresher.table()] == [False, True, True]
+    assert [record["starts_pass"] for record in small.refresher.table()] == [False, True, False]
     with pytest.warns(SmallPoolWarning):
         tiny = Training(make_module, pool[:5], tmp_path / "tiny", max_steps=3).run()
     assert len(tiny.batches) == 6 and len(tiny.refresher.round_at(0).text_ids) == 5
@@ -229,6 +231,58 @@ def test_the_account_of_a_whole_training_is_written_down(make_module, pool, tmp_
     assert account["share_of_planned_training"] == pytest.approx(account["share_of_training_so_far"])
 
 
+def test_a_loop_that_is_left_closes_its_account_and_can_be_gone_on_with(make_module, pool, tmp_path):
+    whole = Training(make_module, pool, tmp_path / "whole", strategy="random").run()
+    training = Training(make_module, pool, tmp_path / "left", strategy="random")
+    number, batches = len(held_files._held), []
+    for batch in training.rounds:
+        batches.append(batch)
+        assert len(held_files._held) == number + 1
+        if training.rounds.step == 4:
+            break
+    assert len(held_files._held) == number
+    trained = json.loads((tmp_path / "left/overhead.json").read_text())["trained"]["flops"]
+    assert trained == pytest.approx(
+        3 * training.rounds.lm.forward_flops_per_token * training.rounds.feed._tokens_of(0) * 4 / 3, rel=0.3
+    )
+    batches += list(training.rounds)
+    assert all(map(same, batches, whole.batches)) and len(batches) == len(whole.batches)
+
+
+def test_an_average_of_nothing_is_refused(make_module, pool, tmp_path):
+    training = Training(make_module, pool, tmp_path / "none")
+    training.rounds.feed.average = WeightAverage(training.module, decay=0.9)
+    with pytest.raises(InputError, match=r"(?s)no weights after 3 steps.*average\.watch\(optimizer\)"):
+        training.run()
+    training = Training(make_module, pool, tmp_path / "watched")
+    training.rounds.feed.average = average = WeightAverage(training.module, decay=0.9)
+    average.watch(training.optimizer)
+    assert training.run().rounds.step == 8
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "told"),
+    [
+        (None, "the model has no optimiser"),
+        (torch.optim.RMSprop, "the optimiser RMSprop"),
+        (torch.optim.SGD, None),
+        (torch.optim.AdamW, None),
+    ],
+    ids=["none", "RMSprop", "SGD", "AdamW"],
+)
+def test_labels_without_the_metric_of_the_optimiser_are_told(optimizer, told, make_module, pool, tmp_path):
+    options = {"sample_size": 20, "num_probe": 0, "encoder": ("hashed_ngrams",), "num_folds": 2, "allow_low_fidelity": True}
+    training = Training(
+        make_module, pool, tmp_path, strategy="refresh", refresher_options={"targets": {"goal": pool[:4]}, **options}
+    )
+    training.rounds.lm.optimizer = None if optimizer is None else optimizer(training.module.parameters(), lr=1e-2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        training.run()
+    found = [str(warning.message) for warning in caught if warning.category is NoMetricWarning]
+    assert [told in text for text in found] == ([] if told is None else [True])  # once, of three rounds
+
+
 def test_the_training_to_come_is_planned_by_the_texts_that_were_chosen(make_module, pool, tmp_path):
     class Shortest(ByFingerprint):
         def rank(self, context):
@@ -277,6 +331,18 @@ def test_a_packed_round_is_filled_by_as_many_texts_as_it_needs(make_module, pool
     assert 12 * 16 - 40 <= num_tokens <= 12 * 16  # the longest text has 40 tokens
 
 
+def test_a_packed_round_of_ones_own_items_is_filled_by_their_tokens(make_module, pool, tmp_path):
+    own = [{"input_ids": row["input_ids"][:4]} for row in pool]
+    training = Training(make_module, pool, tmp_path, strategy="random", base=own, row_tokens=8, max_steps=3).run()
+    rows = training.refresher.round_at(0).rows
+    joined = [token for row in rows for token in own[row]["input_ids"]]
+    assert 12 * 8 - 4 <= len(joined) <= 12 * 8
+    shown = [row for batch in training.batches for row in batch["input_ids"].tolist()]
+    places = mixed(12, index=0, seed=0)
+    packed = [token for _, row in sorted(zip(places.tolist(), shown, strict=True)) for token in row]
+    assert packed[: len(joined)] == joined  # nothing stands between them
+
+
 def test_the_metrics_of_a_round_are_flat_numbers(make_module, pool, make_token_texts, tmp_path):
     training = Training(make_module, pool, tmp_path, strategy="random", max_steps=1).run()
     assert training.rounds.present.index == 0
@@ -305,6 +371,10 @@ def test_items_that_are_not_those_of_the_pools_texts_are_refused(wrong, make_mod
     with pytest.raises(InputError, match=f"base of {len(own)} items"):
         InfluenceCallback(pool, every=3, workdir=tmp_path, strategy="random", base=own)
     Training(make_module, pool, tmp_path, strategy="random", base=texts)
+    with pytest.raises(InputError, match=r"(?s)items have no input_ids \(text\)"):
+        Training(make_module, pool, tmp_path, strategy="random", base=[{"text": "a"}] * 64)
+    with pytest.raises(InputTypeError, match="base=generator, which has no length"):
+        Training(make_module, pool, tmp_path, strategy="random", base=iter(texts))
 
 
 def test_seconds_are_those_of_the_loop_and_its_data_but_for_pauses(make_module, pool, tmp_path):
