@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from oracle.artifacts import fingerprint
-from oracle.errors import InputError, MismatchError, MissingFileError, check_choice, check_count
+from oracle.errors import InputError, InputTypeError, MismatchError, MissingFileError, check_choice, check_count
 from oracle.processes import working_together
 from oracle.targets import read_targets
 from oracle.texts import list_text_ids, read_texts
@@ -125,6 +125,8 @@ class Refresher:
         **strategy_options: Any,
     ) -> None:
         check_count("seed", seed, minimum=0)
+        if not isinstance(consume_once, bool):
+            raise InputTypeError(f"consume_once={consume_once!r}.", "True or False", "pass one of the two.")
         self.pool = read_texts(pool)
         self.text_ids = list_text_ids(self.pool)
         self.strategy = make_strategy(strategy, strategy_options, other_options=OWN_OPTIONS)

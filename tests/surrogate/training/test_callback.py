@@ -541,6 +541,7 @@ def test_mistaken_options_are_told_when_the_callback_is_made(options, told, sett
         ({"workdir": None}, "workdir=None"),
         ({"drift_threshold": "0.8"}, "drift_threshold='0.8'"),
         ({"seed": 1.5}, "seed=1.5"),
+        ({"consume_once": "no"}, "consume_once='no'"),
         ({"row_tokens": 1024}, "row_tokens=1024, and the model's context is"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
