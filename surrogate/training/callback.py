@@ -218,8 +218,9 @@ class InfluenceCallback(TrainerCallback, ExportableState):
                 "a Hugging Face tokenizer, or texts as input_ids",
                 "pass InfluenceCallback(tokenizer=...) or Trainer(processing_class=...).",
             )
-        context = getattr(getattr(kwargs.get("model"), "config", None), "max_position_embeddings", None)
-        check_row_tokens(self.train_dataset.row_tokens, context)
+        config = getattr(kwargs.get("model"), "config", None)
+        context = getattr(config, "max_position_embeddings", None)
+        check_row_tokens(self.train_dataset.row_tokens, config)
         self._texts.tokenizer = tokenizer
         most = getattr(args, "max_length", None) or DEFAULT_MAX_TOKENS
         self._texts.max_tokens = min(most, context or most) if self._max_tokens is None else self._max_tokens

@@ -224,7 +224,7 @@ class LabelledRanking:
             "live_features": self._has_live_features(),
             "num_labelled": len(labels),
             "num_older_labels": sum(len(old) for old, _ in older),
-            "metric": labels.meta.get("facts", {}).get("preconditioner_used"),
+            "metric": self._metric(labels),
         }
         predictors = [first]
         if self.second_encoder:
@@ -245,6 +245,11 @@ class LabelledRanking:
             costs=ranking_costs(context, labels, predictors, seconds=time.perf_counter() - start_seconds),
             facts=facts,
         )
+
+    def _metric(self, labels: Labels) -> str | None:
+        """The optimiser's metric that labels were measured in; None where that was left to nobody, or the method has none."""
+        is_given = (self.method_options or {}).get("preconditioner", "auto") != "auto"
+        return None if is_given else labels.meta.get("facts", {}).get("preconditioner_used")
 
     def _has_live_features(self) -> bool:
         """Whether features have to be made anew at every checkpoint."""

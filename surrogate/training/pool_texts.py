@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 PADDING = 0  # any token will do: the attention mask hides it, and it has no label
+MASK_COLUMNS = ("attention_mask", "completion_mask", "assistant_masks")  # 0 where an item without labels is not predicted
 KEPT_COLUMNS = ("position_ids", "token_type_ids")  # of items of a user's own, padded with 0
 
 
@@ -120,7 +121,8 @@ def check_items(base: Any) -> None:
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Pad items of `input_ids` and `labels` on the right.
 
-    Items without `labels` are predicted whole. What they have of `attention_mask`, `position_ids` and `token_type_ids` is kept;
+    Items without `labels` are predicted wherever none of their masks says otherwise (`attention_mask`, and TRL's
+    `completion_mask` and `assistant_masks`). What they have of `attention_mask`, `position_ids` and `token_type_ids` is kept;
     without a mask all their tokens are attended to. Other columns are left out.
 
     Shapes:
@@ -134,11 +136,19 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     masks = [item.get("attention_mask", [1] * len(item["input_ids"])) for item in items]
     batch = {
         "input_ids": _pad(ids, PADDING),
-        "labels": _pad(_tensors(item.get("labels", item["input_ids"]) for item in items), IGNORED),
+        "labels": _pad(_tensors(map(labels_of, items)), IGNORED),
         "attention_mask": _pad(_tensors(masks), 0),
     }
     kept = [name for name in KEPT_COLUMNS if all(name in item for item in items)]
     return batch | {name: _pad(_tensors(item[name] for item in items), 0) for name in kept}
+
+
+def labels_of(item: Mapping[str, Any]) -> list[int]:
+    """Return an item's labels; without any, its ids where none of its masks leaves them out."""
+    if "labels" in item:
+        return list(item["labels"])
+    masks = [item[name] for name in MASK_COLUMNS if name in item]
+    return [token if all(kept) else IGNORED for token, *kept in zip(item["input_ids"], *masks, strict=True)]
 
 
 def _tensors(rows: Iterable[Any]) -> list[Tensor]:

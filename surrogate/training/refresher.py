@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import inspect
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from oracle.artifacts import fingerprint
-from oracle.errors import InputError, InputTypeError, MismatchError, MissingFileError, check_choice, check_count
+from oracle.errors import InputError, InputTypeError, MismatchError, MissingFileError, check_choice
 from oracle.processes import working_together
 from oracle.targets import read_targets
 from oracle.texts import list_text_ids, read_texts
@@ -52,6 +54,10 @@ if TYPE_CHECKING:
     from surrogate.training.weight_average import WeightAverage
 
 ON_FAILURE = ("continue", "stop")
+
+
+class EmptyAverageWarning(UserWarning):
+    """A running average of the weights has counted none."""
 
 
 class Refresher:
@@ -124,7 +130,8 @@ class Refresher:
         seed: int = 0,
         **strategy_options: Any,
     ) -> None:
-        check_count("seed", seed, minimum=0)
+        if not isinstance(seed, (int, Integral)):
+            raise InputTypeError(f"seed={seed!r}.", "a whole number", "pass for example seed=0.")
         if not isinstance(consume_once, bool):
             raise InputTypeError(f"consume_once={consume_once!r}.", "True or False", "pass one of the two.")
         self.pool = read_texts(pool)
@@ -225,18 +232,18 @@ class Refresher:
                 are noisy at a constant learning rate. A resumed training has to bring its average along.
 
         Raises:
-            InputError: Not exactly one of `num_texts` and `num_tokens`, an average of nothing, or what the strategy
-                or rule raises.
+            InputError: Not exactly one of `num_texts` and `num_tokens`, or what the strategy or rule raises.
         """
         if (num_texts is None) == (num_tokens is None):
             raise InputError(
                 f"num_texts={num_texts!r} and num_tokens={num_tokens!r}.", "exactly one of the two", "say how large the round is."
             )
         if average is not None and step and not average.num_updates:
-            raise InputError(
-                f"a running average that has counted no weights after {step} steps.",
-                "one that watches the optimiser, or that was loaded with the checkpoint",
-                "call average.watch(optimizer) before training; resumed, average.load_state_dict(...) as well.",
+            warnings.warn(
+                f"the running average has counted no weights after {step} steps, so labels are measured at the last ones: call "
+                "average.watch(optimizer) before training; resumed, average.load_state_dict(...) as well.",
+                EmptyAverageWarning,
+                stacklevel=2,
             )
         size: dict[str, int] = {"num_tokens": num_tokens} if num_texts is None else {"num_texts": num_texts}  # type: ignore[dict-item]
         start_seconds = time.perf_counter()

@@ -111,8 +111,12 @@ class RoundFeed:
             tell(self.present.record, step=step, repeats=repeats, optimizer=lm.optimizer, told=self._told)
         return self.present, begins
 
-    def finish(self, step: int) -> dict[str, Any] | None:
+    def finish(self, step: int, *, is_left: bool = False) -> dict[str, Any] | None:
         """Close the account of a training that ends after `step` steps, and say where it does not keep the promise.
+
+        Args:
+            step: Optimiser steps done.
+            is_left: The loop was left, perhaps to be gone on with; nothing is said.
 
         Returns:
             What `Overhead.report` returns, which `overhead.json` in the workdir keeps; None of a stream, which has no such
@@ -133,7 +137,7 @@ class RoundFeed:
         report = account.report()
         with working_together() as processes:
             processes.on_first(lambda: store.write_account(report))
-        if report["is_kept"] is False:
+        if report["is_kept"] is False and not is_left:
             told = f"selecting cost more than max_overhead={report['max_overhead']:g} of the training: {report['why_not']}"
             warnings.warn(told, OverheadWarning, stacklevel=3)
         return report
@@ -185,6 +189,7 @@ class RoundFeed:
             "every": self.every,
             "num_items": dataset.num_items,
             "row_tokens": dataset.row_tokens,
+            "separator": dataset.separator,
             "max_tokens": self.texts.max_tokens,
         }
 

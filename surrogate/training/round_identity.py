@@ -58,14 +58,16 @@ def require_as_before(state: Mapping[str, Any], present: Mapping[str, Any], *, w
     """Refuse to resume a training with settings that its checkpoint has otherwise.
 
     Args:
-        state: The checkpoint's state, with these settings among others.
+        state: The checkpoint's state, with these settings among others; one that it lacks, of an older version, is not compared.
         present: The settings now.
         what: What they decide, for the error: "order of batches".
 
     Raises:
         MismatchError: Some differ; all of them are listed.
     """
-    changed = [f"{name}={state[name]!r}, and now {name}={value!r}" for name, value in present.items() if state[name] != value]
+    changed = [
+        f"{name}={state[name]!r}, and now {name}={value!r}" for name, value in present.items() if state.get(name, value) != value
+    ]
     if changed:
         raise MismatchError(
             f"the checkpoint has {'; '.join(changed)}.",

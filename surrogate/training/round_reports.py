@@ -58,7 +58,8 @@ def tell(record: Mapping[str, Any], *, step: int, repeats: float, optimizer: Any
         )
         warnings.warn(text, SmallPoolWarning, stacklevel=4)
         told.add(SmallPoolWarning)
-    is_known = isinstance(optimizer, torch.optim.SGD) or (optimizer is not None and "betas" in optimizer.param_groups[0])
+    is_adam = optimizer is not None and {"betas", "eps"} <= set(optimizer.param_groups[0])
+    is_known = isinstance(optimizer, torch.optim.SGD) or is_adam
     if record["facts"].get("metric") == "none" and not is_known and NoMetricWarning not in told:
         given = "no optimiser" if optimizer is None else f"the optimiser {type(optimizer).__name__}"
         text = (

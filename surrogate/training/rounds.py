@@ -103,7 +103,7 @@ class Rounds:
             raise InputError(
                 f"loader_options with {', '.join(taken)}.", "options that Rounds does not set itself", "leave these out."
             )
-        check_row_tokens(row_tokens, lm.context)
+        check_row_tokens(row_tokens, getattr(lm.module, "config", None))
         self.lm, self.batch_size, self.max_steps, self.grad_accumulation = lm, batch_size, max_steps, grad_accumulation
         self.shuffle, self.seed = shuffle, seed
         self.step, self.completes_step = 0, False
@@ -168,7 +168,7 @@ class Rounds:
                     start_seconds = now_seconds
         except GeneratorExit:  # one process may have left alone, and would wait here for the others
             if self._world_size == 1:
-                self.close()
+                self.feed.finish(self.step, is_left=True)
             raise
         self.close()
 

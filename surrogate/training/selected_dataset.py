@@ -19,6 +19,7 @@ from oracle.errors import InputError, check_at_least, check_count
 
 Item = Any
 UNKNOWN = -1  # tokens of a text that was not shown yet
+ROTARY_OPTIONS = ("rope_parameters", "rope_theta", "rope_scaling")  # of configurations
 
 
 class SelectedDataset(torch.utils.data.Dataset):
@@ -206,13 +207,19 @@ def _take(base: Any, rows: list[int]) -> list[Item]:
     return [base[row] for row in rows]
 
 
-def check_row_tokens(row_tokens: int | None, context: int | None) -> None:
-    """Refuse packed rows that are longer than the model reads.
+def check_row_tokens(row_tokens: int | None, config: Any) -> None:
+    """Refuse packed rows that are longer than a model with learned positions has; others run beyond their context.
+
+    Args:
+        row_tokens: Tokens of a row.
+        config: The model's configuration, or None.
 
     Raises:
         InputError: They are.
     """
-    if row_tokens is not None and context is not None and row_tokens > context:
+    context = getattr(config, "max_position_embeddings", None)
+    is_rotary = any(getattr(config, name, None) is not None for name in ROTARY_OPTIONS)
+    if row_tokens is not None and context is not None and not is_rotary and row_tokens > context:
         raise InputError(
             f"row_tokens={row_tokens}, and the model's context is {context} tokens.",
             f"rows of up to {context} tokens",

@@ -12,7 +12,7 @@ from oracle.encoding import IGNORED
 from oracle.errors import InputError
 from oracle.text_formats import FORMATS, TEXT_ID
 from oracle.texts import list_text_ids, text_format
-from surrogate.training.pool_texts import PoolTexts, check_items, collate
+from surrogate.training.pool_texts import PoolTexts, check_items, collate, labels_of
 from surrogate.training.round_identity import require_as_before
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ORDER_ARGUMENTS = ("train_sampling_strategy", "data_seed", "seed")  # decide the order of a round's items
 NUM_LOOKED_AT = 256  # of a trainer's own items, to see how long they are
 NUM_MASKS_LOOKED_AT = 16  # of them, to see which tokens are predicted
-MASK_TOLERANCE = 1.25  # between the shares of tokens predicted and measured there: an end-of-text token more does not matter
+MASK_TOLERANCE = 1.25  # between the shares of tokens predicted and measured there
 
 
 class LongItemsWarning(UserWarning):
@@ -85,8 +85,8 @@ def check_loader(loader: Any, dataset: Any, *, num_batches: int, is_own_base: bo
     collator = getattr(collator, "data_collator", collator)  # inside what removes columns
     if is_own_base and collator is collate:
         check_items(found.base)
-    unfit = (DataCollatorWithPadding, DataCollatorForLanguageModeling)
-    if not is_own_base and (collator is default_data_collator or isinstance(collator, unfit)):
+    pads_no_labels = collator is default_data_collator or isinstance(collator, DataCollatorWithPadding)
+    if not is_own_base and (pads_no_labels or type(collator) is DataCollatorForLanguageModeling):
         raise InputError(
             f"the data collator {getattr(collator, '__name__', type(collator).__name__)}, which does not pad the items' labels, "
             "or makes new ones that predict prompts too.",
@@ -160,9 +160,13 @@ def tell_of_other_masks(base: Any, args: Any, texts: PoolTexts) -> None:
     """
     rows = range(min(len(base), NUM_MASKS_LOOKED_AT))
     items, measured = [base[row] for row in rows], texts.encode(list(rows))
-    of_items = sum(_num_predicted(item, args) for item in items) / max(sum(len(item["input_ids"]) for item in items), 1)
+    num_tokens = sum(sum(item.get("attention_mask", [1] * len(item["input_ids"]))) for item in items)
     labels = [token for text in measured for token in text.labels]
     of_texts = sum(token != IGNORED for token in labels) / max(len(labels), 1)
+    predicted, expected = sum(_num_predicted(item, args) for item in items), of_texts * num_tokens
+    if abs(predicted - expected) <= len(rows):  # an end-of-text token more or less
+        return
+    of_items = predicted / max(num_tokens, 1)
     if not of_texts / MASK_TOLERANCE <= of_items <= of_texts * MASK_TOLERANCE:
         warnings.warn(
             f"the trainer predicts {of_items:.0%} of the tokens of its first {len(rows)} items, and {of_texts:.0%} are measured: "
@@ -174,12 +178,10 @@ def tell_of_other_masks(base: Any, args: Any, texts: PoolTexts) -> None:
 
 
 def _num_predicted(item: Mapping[str, Any], args: Any) -> int:
-    if "labels" in item:
-        return sum(token != IGNORED for token in item["labels"])
-    masks = [list(item["assistant_masks"])] if "assistant_masks" in item else []
-    if "completion_mask" in item and getattr(args, "completion_only_loss", None) is not False:
-        masks.append(list(item["completion_mask"]))
-    return sum(map(all, zip(*masks, strict=True))) if masks else len(item.get("input_ids", ()))
+    own = dict(item)
+    if getattr(args, "completion_only_loss", None) is False:
+        own.pop("completion_mask", None)
+    return sum(token != IGNORED for token in labels_of(own))
 
 
 def _has_texts(base: Any, pool: Dataset, columns: Sequence[str]) -> bool:

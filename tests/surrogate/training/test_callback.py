@@ -20,9 +20,10 @@ import oracle
 from oracle.errors import InputError, MismatchError, MissingFileError, NotFiniteError
 from surrogate.training import InfluenceCallback
 from surrogate.training.callback import InexactDropoutWarning, UnreportedWarning
+from surrogate.training.pool_texts import PoolTexts
 from surrogate.training.resume_check import ResumeUncheckedWarning
 from surrogate.training.round_reports import OverheadWarning, RefreshFailedWarning
-from surrogate.training.trainer_checks import LongItemsWarning
+from surrogate.training.trainer_checks import LongItemsWarning, tell_of_other_masks
 from tests.surrogate.training.conftest import ByFingerprint
 
 QUIET = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no"}
@@ -543,14 +544,36 @@ def test_mistaken_options_are_told_when_the_callback_is_made(options, told, sett
         ({"seed": 1.5}, "seed=1.5"),
         ({"consume_once": "no"}, "consume_once='no'"),
         ({"row_tokens": 1024}, "row_tokens=1024, and the model's context is"),
+        ({"row_tokens": 128, "module": "llama"}, None),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_other_mistaken_options_are_told_when_the_trainer_is_made(options, told, setting):
-    with pytest.raises(InputError, match=told):
-        setting.trainer(
-            InfluenceCallback(setting.pool, every=EVERY, **{"strategy": "random", "workdir": setting.folder, **options})
-        )
+    options = dict(options)
+    module = setting.make_module(options.pop("module", "gpt2"))
+    callback = InfluenceCallback(setting.pool, every=EVERY, **{"strategy": "random", "workdir": setting.folder, **options})
+    with nullcontext() if told is None else pytest.raises(InputError, match=told):
+        setting.trainer(callback, module=module)
+
+
+def test_masks_are_compared_by_what_is_predicted_and_not_by_padding_or_one_token_more(setting):
+    def told(items, pool):
+        texts = PoolTexts(oracle.read_texts(pool), max_tokens=64)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tell_of_other_masks(items, SimpleNamespace(), texts)
+        return bool(caught)
+
+    ids = [[5, 6, 7, 8 + number] for number in range(8)]
+    plain = [{"input_ids": row} for row in ids]
+    assert not told(plain, plain)
+    padded = [{"input_ids": [*row, 0, 0, 0, 0], "attention_mask": [1] * 4 + [0] * 4} for row in ids]
+    assert not told(padded, plain) and not told(
+        [{**item, "labels": [*item["input_ids"][:4], *[-100] * 4]} for item in padded], plain
+    )
+    ended = [{"input_ids": [*row, 2], "completion_mask": [0, 1, 1, 1, 1]} for row in ids]
+    assert not told(ended, plain)
+    assert told([{"input_ids": row, "completion_mask": [0, 0, 0, 1]} for row in ids], plain)
 
 
 def test_collators_that_make_other_labels_or_need_other_items_are_refused(setting, make_tokenizer):

@@ -59,6 +59,10 @@ def test_what_items_say_of_attention_and_positions_is_kept():
     assert batch["position_ids"].tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
     assert batch["labels"].tolist() == [[IGNORED, IGNORED, 5, 6], [8, IGNORED, IGNORED, IGNORED]]  # the second is predicted whole
     assert set(batch) == {"input_ids", "labels", "attention_mask", "position_ids"}
+    padded = collate([{"input_ids": [5, 6, 0, 0], "attention_mask": [1, 1, 0, 0]}])
+    assert padded["labels"].tolist() == [[5, 6, IGNORED, IGNORED]]
+    masked = collate([{"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1]}, {"input_ids": [8, 9], "assistant_masks": [0, 1]}])
+    assert masked["labels"].tolist() == [[IGNORED, 6, 7], [IGNORED, 9, IGNORED]]
     with pytest.raises(InputError, match=r"no input_ids \(text\)"):
         collate([{"text": "a"}])
 

@@ -17,6 +17,7 @@ from oracle.errors import InputError, InputTypeError, MismatchError, MissingFile
 from surrogate.scores import Scores
 from surrogate.training import InfluenceCallback, Refresher, Rounds, WeightAverage, held_files
 from surrogate.training.pool_texts import PoolTexts, collate
+from surrogate.training.refresher import EmptyAverageWarning
 from surrogate.training.round_feed import RoundCountWarning
 from surrogate.training.round_reports import NoMetricWarning, RefreshFailedWarning, SmallPoolWarning, metrics_of
 from surrogate.training.selected_dataset import mixed
@@ -249,15 +250,17 @@ def test_a_loop_that_is_left_closes_its_account_and_can_be_gone_on_with(make_mod
     assert all(map(same, batches, whole.batches)) and len(batches) == len(whole.batches)
 
 
-def test_an_average_of_nothing_is_refused(make_module, pool, tmp_path):
+def test_an_average_of_nothing_is_told(make_module, pool, tmp_path):
     training = Training(make_module, pool, tmp_path / "none")
     training.rounds.feed.average = WeightAverage(training.module, decay=0.9)
-    with pytest.raises(InputError, match=r"(?s)no weights after 3 steps.*average\.watch\(optimizer\)"):
+    with pytest.warns(EmptyAverageWarning, match=r"no weights after 3 steps.*average\.watch\(optimizer\)"):
         training.run()
     training = Training(make_module, pool, tmp_path / "watched")
     training.rounds.feed.average = average = WeightAverage(training.module, decay=0.9)
     average.watch(training.optimizer)
-    assert training.run().rounds.step == 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EmptyAverageWarning)
+        training.run()
 
 
 @pytest.mark.parametrize(
@@ -281,6 +284,12 @@ def test_labels_without_the_metric_of_the_optimiser_are_told(optimizer, told, ma
         training.run()
     found = [str(warning.message) for warning in caught if warning.category is NoMetricWarning]
     assert [told in text for text in found] == ([] if told is None else [True])  # once, of three rounds
+    wish = {"method_options": {"preconditioner": "none"}, "targets": {"goal": pool[:4]}, **options}
+    plain = Training(make_module, pool, tmp_path / "plain", strategy="refresh", refresher_options=wish)
+    plain.rounds.lm.optimizer = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NoMetricWarning)
+        plain.run()
 
 
 def test_the_training_to_come_is_planned_by_the_texts_that_were_chosen(make_module, pool, tmp_path):
