@@ -41,7 +41,7 @@ def tell(record: Mapping[str, Any], *, step: int, repeats: float, optimizer: Any
     if record["failure"]:
         text = f"the refresh at step {step} failed, and training goes on without it: {record['failure']}"
         warnings.warn(text, RefreshFailedWarning, stacklevel=4)
-    if record["left_out"] and OverheadWarning not in told:
+    if record["left_out"]:
         held = record["ranked_in_round"]
         goes_on = "random texts" if held < 0 else f"the ranking of round {held}"
         text = (
@@ -49,26 +49,29 @@ def tell(record: Mapping[str, Any], *, step: int, repeats: float, optimizer: Any
             "max_overhead (a resumed training may), or lower sample_size in a new training; later ones that are left out stand "
             "in the table of rounds."
         )
-        warnings.warn(text, OverheadWarning, stacklevel=4)
-        told.add(OverheadWarning)
-    if repeats >= MANY_REPEATS and SmallPoolWarning not in told:
+        _tell_once(text, OverheadWarning, told)
+    if repeats >= MANY_REPEATS:
         text = (
             f"the round at step {step} shows each of its {record['num_texts']} texts {repeats:.1f} times, because the pool has "
             "no more to offer; make rounds shorter or the pool larger."
         )
-        warnings.warn(text, SmallPoolWarning, stacklevel=4)
-        told.add(SmallPoolWarning)
+        _tell_once(text, SmallPoolWarning, told)
     is_adam = optimizer is not None and {"betas", "eps"} <= set(optimizer.param_groups[0])
     is_known = isinstance(optimizer, torch.optim.SGD) or is_adam
-    if record["facts"].get("metric") == "none" and not is_known and NoMetricWarning not in told:
+    if record["facts"].get("metric") == "none" and not is_known:
         given = "no optimiser" if optimizer is None else f"the optimiser {type(optimizer).__name__}"
         text = (
             f"labels are measured as for plain gradient descent, since the model has {given}: pass the one that trains it "
             "(LanguageModel(module, tokenizer, optimizer)); of others than Adam and SGD the metric is not known, and "
             "method='one_step' takes their real step."
         )
-        warnings.warn(text, NoMetricWarning, stacklevel=4)
-        told.add(NoMetricWarning)
+        _tell_once(text, NoMetricWarning, told)
+
+
+def _tell_once(text: str, category: type[Warning], told: set[type[Warning]]) -> None:
+    if category not in told:
+        warnings.warn(text, category, stacklevel=5)
+        told.add(category)
 
 
 def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:

@@ -16,6 +16,7 @@ import torch
 
 from oracle.encoding import IGNORED
 from oracle.errors import InputError, check_at_least, check_count
+from surrogate.training.pool_texts import labels_of
 
 Item = Any
 UNKNOWN = -1  # tokens of a text that was not shown yet
@@ -180,8 +181,7 @@ class SelectedDataset(torch.utils.data.Dataset):
         ids: list[int] = []
         labels: list[int] = []
         for item in _take(self.base, [int(self._rows[text]) for text in texts]):
-            own_ids = list(item["input_ids"])
-            own_labels = list(item["labels"]) if "labels" in item else list(own_ids)
+            own_ids, own_labels = list(item["input_ids"]), labels_of(item)
             if self.separator is None:
                 ids += own_ids
                 labels += [IGNORED, *own_labels[1:]] if own_labels else []
