@@ -96,7 +96,7 @@ class InfluenceCallback(TrainerCallback, ExportableState):
         refresher: The refresher, from the making of the Trainer on.
 
     Raises:
-        InputError: The Trainer's arguments do not fit; raised when it is made or when training begins.
+        InputError: An option cannot be used; or, raised when the Trainer is made or training begins, its arguments do not fit.
         MismatchError: A resumed model does not have the weights of its checkpoint, or `workdir` is of another run.
     """
 
@@ -127,7 +127,7 @@ class InfluenceCallback(TrainerCallback, ExportableState):
         self.every, self.keep_autocast, self.average_decay = every, keep_autocast, average_decay
         self._max_tokens, self._tokenizer = max_tokens, tokenizer
         self._stream: StreamRefresher | None = None
-        # Targets and strategy now, so that a mistake in them is told before a large model is loaded.
+        # Everything that can be checked now, so that a mistake is told before a large model is loaded.
         shared = (*OWN_OPTIONS, *(() if window is None else ("rounds_per_window",)))
         own = {name: value for name, value in refresher_options.items() if name in shared}
         of_strategy = {name: value for name, value in refresher_options.items() if name not in shared}
@@ -137,6 +137,7 @@ class InfluenceCallback(TrainerCallback, ExportableState):
         self._refresher_options = {"targets": sets or None, "workdir": workdir, "strategy": made, **own}
         if window is None:
             self._texts = PoolTexts(read_texts(pool))
+            Refresher(self._texts.pool, **{"num_rounds": 1, **self._refresher_options})  # for its checks; the number comes later
         else:
             self._stream = StreamRefresher(pool, window=window, **self._refresher_options)
             self._texts = self._stream.texts

@@ -523,9 +523,17 @@ def test_what_a_user_forgets_or_gives_twice_is_told_before_the_first_round(setti
         ({"strategy": "refresh", "num_probe": 8.5}, "num_probe=8.5"),
         ({"strategy": "refresh", "max_target_texts": 2.5}, "max_target_texts=2.5"),
         ({"max_tokens": 0}, "max_tokens=0"),
-        ({"row_tokens": 32.5}, "row_tokens=32.5"),
+        ({"strategy": "random", "row_tokens": 32.5}, "row_tokens=32.5"),
         ({"window": 10.5}, "window=10.5"),
         ({"tokenizer": "gpt2"}, "AutoTokenizer"),
+        ({"workdir": None}, "workdir=None"),
+        ({"drift_threshold": "0.8"}, "drift_threshold='0.8'"),
+        ({"warmup_fraction": 1.5}, "warmup_fraction=1.5"),
+        ({"max_overhead": -0.1}, "max_overhead=-0.1"),
+        ({"rule": "tops"}, "did you mean 'top'"),
+        ({"on_failure": "ignore"}, "on_failure='ignore'"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"consume_once": "no"}, "consume_once='no'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -533,22 +541,20 @@ def test_mistaken_options_are_told_when_the_callback_is_made(options, told, sett
     targets = options.get("targets", setting.targets)
     rest = {name: value for name, value in options.items() if name != "targets"}
     with pytest.raises(InputError, match=told):
-        InfluenceCallback(setting.pool, targets, every=EVERY, workdir=setting.folder / "influence", **rest)
+        InfluenceCallback(setting.pool, targets, every=EVERY, **{"workdir": setting.folder / "influence", **rest})
+    assert not (setting.folder / "influence").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"workdir": None}, "workdir=None"),
-        ({"drift_threshold": "0.8"}, "drift_threshold='0.8'"),
-        ({"seed": 1.5}, "seed=1.5"),
-        ({"consume_once": "no"}, "consume_once='no'"),
         ({"row_tokens": 1024}, "row_tokens=1024, and the model's context is"),
         ({"row_tokens": 128, "module": "llama"}, None),
+        ({"warmup_fraction": 0.5}, None),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_other_mistaken_options_are_told_when_the_trainer_is_made(options, told, setting):
+def test_options_that_depend_on_model_or_steps_are_checked_when_the_trainer_is_made(options, told, setting):
     options = dict(options)
     module = setting.make_module(options.pop("module", "gpt2"))
     callback = InfluenceCallback(setting.pool, every=EVERY, **{"strategy": "random", "workdir": setting.folder, **options})
