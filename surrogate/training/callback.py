@@ -32,8 +32,7 @@ from oracle.language_model import DEFAULT_MAX_TOKENS, LanguageModel
 from oracle.targets import read_targets
 from oracle.texts import read_texts
 from surrogate.training.pool_texts import PoolTexts, check_base, collate
-from surrogate.training.refresher import OWN_OPTIONS, Refresher
-from surrogate.training.refresher_options import check_targets, make_strategy
+from surrogate.training.refresher import Refresher
 from surrogate.training.resume_check import check_resumed, find_checkpoint
 from surrogate.training.round_feed import RoundFeed
 from surrogate.training.round_reports import metrics_of
@@ -127,17 +126,12 @@ class InfluenceCallback(TrainerCallback, ExportableState):
         self.every, self.keep_autocast, self.average_decay = every, keep_autocast, average_decay
         self._max_tokens, self._tokenizer = max_tokens, tokenizer
         self._stream: StreamRefresher | None = None
-        # Everything that can be checked now, so that a mistake is told before a large model is loaded.
-        shared = (*OWN_OPTIONS, *(() if window is None else ("rounds_per_window",)))
-        own = {name: value for name, value in refresher_options.items() if name in shared}
-        of_strategy = {name: value for name, value in refresher_options.items() if name not in shared}
-        made = make_strategy(strategy, of_strategy, other_options=OWN_OPTIONS)
-        sets = [] if targets is None else read_targets(targets)
-        check_targets(made, sets)
-        self._refresher_options = {"targets": sets or None, "workdir": workdir, "strategy": made, **own}
+        sets = None if targets is None else read_targets(targets)
+        self._refresher_options = {"targets": sets, "workdir": workdir, "strategy": strategy, **refresher_options}
         if window is None:
             self._texts = PoolTexts(read_texts(pool))
-            Refresher(self._texts.pool, **{"num_rounds": 1, **self._refresher_options})  # for its checks; the number comes later
+            # Made once more when the number of rounds is known; now, so that a mistake is told before a large model is loaded.
+            Refresher(self._texts.pool, **{"num_rounds": 1, **self._refresher_options})
         else:
             self._stream = StreamRefresher(pool, window=window, **self._refresher_options)
             self._texts = self._stream.texts

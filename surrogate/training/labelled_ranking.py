@@ -247,7 +247,7 @@ class LabelledRanking:
         )
 
     def _metric(self, labels: Labels) -> str | None:
-        """The optimiser's metric that labels were measured in; None where that was left to nobody, or the method has none."""
+        """The optimiser's metric that labels were measured in; None where a user chose it, or the method has none."""
         is_given = (self.method_options or {}).get("preconditioner", "auto") != "auto"
         return None if is_given else labels.meta.get("facts", {}).get("preconditioner_used")
 

@@ -80,8 +80,8 @@ class Refresher:
             this share of what it was at the last refresh, or there was none; None refreshes on schedule.
         consume_once: Do not offer a text again until the pool is spent: a round takes what the pass before has left, and goes
             on with the best of the others. A new pass begins with a refresh, if the present ranking does not know all
-            texts. Where the useful texts are fewer than training takes, let them come
-            again: with False the losses of `benchmarks/gain_rounds.py` on mathematics fell three times as far.
+            texts. Where the useful texts are fewer than training takes, let them come again: with False the losses of
+            `benchmarks/gain_rounds.py` on mathematics fell three times as far.
         warmup_fraction: Share of the rounds, at the beginning, with texts at random; needs `num_rounds`. Rounded up to whole
             rounds, but for the last one, which is selected.
         final_fraction: Select only in this share of the rounds, at the end, and train on random texts before; needs

@@ -25,9 +25,11 @@ import torch
 from oracle.artifacts import read_json
 from oracle.errors import InputError, InputTypeError, MismatchError, MissingFileError, check_count
 from oracle.processes import working_together
+from oracle.targets import read_targets
 from oracle.texts import list_text_ids, read_texts, write_texts
 from surrogate.training.pool_texts import PoolTexts
-from surrogate.training.refresher import Refresher
+from surrogate.training.refresher import OWN_OPTIONS, Refresher
+from surrogate.training.refresher_options import check_targets, make_strategy
 from surrogate.training.round_identity import require_as_before
 from surrogate.training.round_store import Round
 
@@ -98,10 +100,11 @@ class StreamRefresher:
         workdir: Folder of the windows; the same one for all processes and for a resumed run.
         window: Texts of a window.
         rounds_per_window: Rounds that choose among them.
-        **options: Options of `Refresher`, but for those about the whole training (`REFUSED`).
+        strategy: Name of a strategy, or an object of one.
+        **options: Options of `Refresher`, but for those about the whole training (`REFUSED`), and of the strategy.
 
     Raises:
-        InputError: An option cannot be used.
+        InputError: An option cannot be used; of when and how often to refresh it is told when the first window is opened.
         MismatchError: `workdir` has the windows of another stream; raised when the first one is opened.
     """
 
@@ -113,6 +116,7 @@ class StreamRefresher:
         workdir: str | Path,
         window: int,
         rounds_per_window: int = 1,
+        strategy: Any = "refresh",
         **options: Any,
     ) -> None:
         check_count("window", window)
@@ -130,8 +134,13 @@ class StreamRefresher:
                 "a stream that can be begun anew, and no option about the whole training",
                 "leave the option out, or pass an iterable such as a datasets.IterableDataset, not its iterator.",
             )
-        self.stream, self.targets, self.folder = stream, targets, Path(workdir)
-        self.window, self.rounds_per_window, self.options = window, rounds_per_window, options
+        of_strategy = {name: value for name, value in options.items() if name not in OWN_OPTIONS}
+        self.strategy = make_strategy(strategy, of_strategy, other_options=OWN_OPTIONS)
+        self.targets = [] if targets is None else read_targets(targets)
+        check_targets(self.strategy, self.targets)
+        self.options = {name: value for name, value in options.items() if name in OWN_OPTIONS}
+        self.stream, self.folder = stream, Path(workdir)
+        self.window, self.rounds_per_window = window, rounds_per_window
         self.texts = WindowTexts(self.folder, window)
         self.num_rounds_done = 0
         self._current: tuple[int, Refresher] | None = None
@@ -232,8 +241,8 @@ class StreamRefresher:
                 processes.on_first(lambda: self._compare(number, path) if path.exists() else self._read(number, path))
             self.close()
             self.texts.show(number)
-            options = {"num_rounds": self.rounds_per_window, **self.options}
-            self._current = number, Refresher(self.texts.pool, self.targets, workdir=path.parent, **options)
+            options = {"strategy": self.strategy, "num_rounds": self.rounds_per_window, **self.options}
+            self._current = number, Refresher(self.texts.pool, self.targets or None, workdir=path.parent, **options)
         return self._current[1]
 
     def _compare(self, number: int, path: Path) -> None:

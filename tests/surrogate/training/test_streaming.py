@@ -115,6 +115,10 @@ def test_what_a_stream_cannot_have_is_refused(make_module, tmp_path):
         ({"max_overhead": 0.1}, "max_overhead"),
         ({"warmup_fraction": 0.1}, "warmup_fraction"),
         ({"window": 0}, "window"),
+        ({"strategy": "refesh"}, "did you mean 'refresh'"),
+        ({"strategy": "refresh"}, "without target sets"),
+        ({"strategy": "dsir", "targets": {"goal": "nowhere.jsonl"}}, "there is no file"),
+        ({"refresh_evry": 2}, "did you mean 'refresh_every'"),
     ):
         with pytest.raises(InputError, match=given):
             StreamRefresher(stream(), workdir=tmp_path, **{**OPTIONS, **options})
